@@ -1,0 +1,71 @@
+"""The one interface of the data plane. Local, remote, cached, routed: callers never learn which.
+
+Behaviour is added by wrapping:
+
+    cloud worker   Local
+    edge node      Router(here=Local, up=Remote(cloud))
+    device agent   Router(here=Local, up=Remote(edge))
+
+Times are monotonic seconds of this process (`time.monotonic`); on the wire a deadline travels as remaining milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from models.tensor import Array
+
+
+class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference to make.
+
+    `inputs`: name -> array, as the model's metadata describes them. `outputs`: names wanted, () = all.
+    `version`: a version of the model, None = the one being served. `deadline`: monotonic seconds, None = the policy's default.
+    `min_confidence`: 0..1, answers below it are escalated; None = the policy's, else the package's threshold.
+    `parameters`: the protocol's own, passed through untouched.
+    """
+
+    model: str
+    inputs: Mapping[str, Array]
+    version: str | None = None
+    outputs: Sequence[str] = ()
+    deadline: float | None = None
+    min_confidence: float | None = None
+    priority: int = 0
+    tenant: str | None = None
+    trace: str | None = None
+    id: str | None = None
+    parameters: Mapping[str, object] = {}
+
+
+class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer, with where it came from and why.
+
+    `package`, `version`: what computed it; `tier`: device, edge or cloud. `confidence`: 0..1, None when the package does
+    not say how to read it. `reason`: a code of `models.policy.Reason`. `degraded`: a better tier was wanted and could not
+    be used in time. `timings`: phase -> seconds.
+    """
+
+    outputs: Mapping[str, Array]
+    model: str
+    package: str
+    version: str
+    tier: str
+    confidence: float | None = None
+    reason: str = "local"
+    degraded: bool = False
+    timings: Mapping[str, float] = {}
+    id: str | None = None
+
+
+class Predictor(Protocol):
+    """Anything that answers.
+
+    `infer` raises only errors of `models.errors`. Its first step, up to the first suspension, may run outside any task
+    (see `models.serving.drive`): before suspending it must not ask for the current task.
+    """
+
+    async def infer(self, request: InferRequest) -> InferResponse: ...
