@@ -1,1 +1,70 @@
-def main() -> None: ...
+"""The front door: `tierline COMMAND`. Commands are a table of strings, imported when asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from typing import cast
+
+# command -> (where it lives, the extra it needs, what it does)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("deploy.demo:demo", "demo", "three tiers on this machine, from publishing a model to refusing a bad one"),
+    "serve": ("models.cli:serve", "edge", "serve a folder of models, alone: no hub, no broker"),
+    "hub": ("cloud_hub.cli:hub", "hub", "run the cloud hub"),
+    "worker": ("cloud_hub.worker:worker", "hub", "run a cloud worker"),
+    "edge": ("edge_node.cli:edge", "edge", "run an edge node"),
+    "device": ("device_agent.cli:device", "device", "run a device agent on standard input and output"),
+    "publish": ("cloud_hub.cli:publish", "hub", "publish a package folder to the hub"),
+    "packages": ("cloud_hub.cli:packages", "hub", "list published packages"),
+    "deploy": ("cloud_hub.cli:deploy", "hub", "say which nodes run which package"),
+    "nodes": ("cloud_hub.cli:nodes", "hub", "list nodes: what they should run and what they do run"),
+    "node-add": ("cloud_hub.cli:node_add", "hub", "make a node known and print its token"),
+    "policy": ("cloud_hub.cli:policy", "hub", "show or set a tenant's routing policy"),
+}
+FOUNDATIONS = ("cloud_hub", "edge_node", "device_agent", "sync", "models", "deploy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 2 = the command line was wrong or something is not installed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    command, *rest = arguments
+    if command in ("--version", "version"):
+        print(f"tierline {metadata.version('tierline')}")
+        return 0
+    if command not in COMMANDS:
+        print(f"tierline: no command {command!r}{_nearest(command)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return _load(command)(rest)
+
+
+def _load(command: str) -> Callable[[Sequence[str]], int]:
+    target, extra, _ = COMMANDS[command]
+    module, _, attribute = target.partition(":")
+    try:
+        return cast(Callable[[Sequence[str]], int], getattr(import_module(module), attribute))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in FOUNDATIONS:
+            raise
+        raise SystemExit(f"tierline {command} needs '{missing}': pip install 'tierline[{extra}]'") from error
+
+
+def _nearest(command: str) -> str:
+    from difflib import get_close_matches
+
+    matches = get_close_matches(command, COMMANDS, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
+    return "usage: tierline COMMAND [OPTIONS]      (tierline COMMAND --help for one command)\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

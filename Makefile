@@ -1,0 +1,51 @@
+# Two commands are all most people need: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench zoo clean mosquitto h2load
+
+demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
+	@$(BIN)/tierline demo $(ARGS)
+
+test: $(VENV)/.test mosquitto  ## the whole suite, with the real broker
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.test           ## formatting, lint, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test h2load    ## cost per request, beside raw onnxruntime and a FastAPI baseline
+	$(BIN)/python -m tests.bench.run $(ARGS)
+
+zoo: $(VENV)/.convert          ## retrain the models of the zoo (needs torch)
+	$(BIN)/python -m models.zoo.digits.train $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tierline needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.convert: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "installing into $(VENV): $*"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+mosquitto:
+	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || $(MAKE) --no-print-directory package NAME=mosquitto
+
+h2load:
+	@command -v h2load >/dev/null || $(MAKE) --no-print-directory package NAME=nghttp2-client
+
+# Install a system package where the user may; say so and go on where not.
+.PHONY: package
+package:
+	@if [ "$$(id -u)" = 0 ]; then as=; elif sudo -n true 2>/dev/null; then as="sudo -n"; else \
+	  echo "$(NAME) is not installed and may not be installed by this user: what needs it is left out"; exit 0; fi; \
+	echo "installing $(NAME)"; \
+	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(NAME) >/dev/null
