@@ -1,0 +1,88 @@
+"""A cloud worker: a node like any other, of tier cloud, with a desired document and no tier above.
+
+request --HTTP--> RestHandler -> Router(here=Local, up=None)
+document --MQTT--> Member's updaters -> Repository | PolicyBook
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from models.engines import available_engines
+from models.serving.local import Local
+from models.serving.policy_book import PolicyBook
+from models.serving.process import announce, configure_logging, run_until_stopped
+from models.serving.repository import Repository
+from models.serving.rest import RestHandler
+from models.serving.router import Router
+from models.serving.server import HttpServer, serve_http
+from sync.errors import InvalidConfig, SyncError
+from sync.identity import Membership, load_config
+from sync.member import join
+from sync.messages import Capabilities
+
+TIER = "cloud"
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads."""
+
+    node: Membership
+    host: str = "127.0.0.1"
+    port: int = 8000
+    threads: int = 2
+
+
+@asynccontextmanager
+async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
+    """Start a worker; leaving the block drains and stops it. Raises as `edge_node.node.edge_node` does."""
+    engines = available_engines()
+    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
+    book = PolicyBook(TIER)
+    here = Local(repository, TIER, threads=config.threads)
+    router = Router(here, None, models=repository, book=book)
+    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
+    activators = {"desired": repository, "policy": book}
+    try:
+        async with join(config.node, activators=activators, capabilities=capabilities, running=repository.running):
+            handler = RestHandler(router, repository, ready=repository.is_settled)
+            async with serve_http(handler, host=config.host, port=config.port) as server:
+                yield server
+    finally:
+        await here.close()
+        await repository.close()
+
+
+def worker(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tierline worker", description="Run a cloud worker.")
+    parser.add_argument("config", type=Path, help="TOML file: host, port, threads, [node]")
+    parser.add_argument("--http-port", type=int, help="overrides port; 0 = chosen by the system")
+    options = parser.parse_args(argv)
+    try:
+        config = load_config(options.config, WorkerConfig)
+        if config.node.tier != TIER or config.host not in ("127.0.0.1", "::1", "localhost"):
+            raise InvalidConfig(
+                f"{options.config}: node.tier must be 'cloud' and host loopback until nodes can be enrolled"
+            )
+        if options.http_port is not None:
+            config = replace(config, port=options.http_port)
+        configure_logging(config.node.id)
+        return run_until_stopped(lambda: _announced(config))
+    except (SyncError, OSError) as error:
+        print(f"tierline worker: {error}", file=sys.stderr)
+        return 2
+
+
+@asynccontextmanager
+async def _announced(config: WorkerConfig) -> AsyncIterator[HttpServer]:
+    async with cloud_worker(config) as server:
+        announce(config.node.data / "worker.json", url=server.url, id=config.node.id)
+        print(f"cloud worker {config.node.id} answers on {server.url}", flush=True)
+        yield server

@@ -1,0 +1,154 @@
+"""The MQTT broker: mosquitto when it is found, else amqtt on loopback for evaluation. Configuration generated.
+
+The access list comes from `sync.topics`, passwords are stored hashed, and both are reread without a restart when a node is
+added. A system service on 1883 is never touched: ours has its own port and folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.processes import DeployError, Process, free_port, wait_until
+from sync.topics import HUB_USER, access_list
+
+RECOMMENDED = (2, 0, 21)
+"""Older versions work; this one ignores no receive-maximum and keeps keepalives on time."""
+HASH_ROUNDS = 101
+"""PBKDF2-SHA512 rounds as mosquitto_passwd writes them. The secrets are random 256-bit tokens: nothing to guess."""
+
+
+def find_mosquitto() -> str | None:
+    """Path of the broker. Debian puts it into /usr/sbin, which an ordinary user's PATH lacks."""
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
+def mosquitto_version(binary: str) -> tuple[int, ...]:
+    """Version as numbers, () when it cannot be read."""
+    shown = subprocess.run([binary, "-h"], capture_output=True, text=True, timeout=10, check=False).stdout
+    found = re.search(r"version (\d+)\.(\d+)\.(\d+)", shown)
+    return tuple(int(part) for part in found.groups()) if found else ()
+
+
+class Broker:
+    """One broker process on loopback. `kind` is `mosquitto` or `amqtt`; `note` says what a user should know about it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._passwords: dict[str, str] = {}
+        self._process: Process | None = None
+        self.port = free_port()
+        self.binary = find_mosquitto()
+        self.kind = "mosquitto" if self.binary else "amqtt"
+        self.note = self._note()
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Raises DeployError when it does not come up, or when neither broker is installed."""
+        command = self._mosquitto() if self.binary else self._amqtt()
+        self._process = Process("broker", command, self._folder / "broker.log")
+        wait_until(f"{self.kind} accepts connections", self._accepts, 30.0, self._process)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+
+    def allow(self, user: str, password: str) -> None:
+        """Let `user` in, with what its id entitles it to. Takes effect at once."""
+        self._passwords[user] = password
+        if self.binary:
+            self._write_access()
+            if self._process is not None:
+                self._process.hang_up()
+
+    def _note(self) -> str:
+        if not self.binary:
+            return "mosquitto was not found: amqtt stands in, without passwords or access list, for evaluation on loopback only"
+        version = mosquitto_version(self.binary)
+        shown = ".".join(map(str, version))
+        if version and version < RECOMMENDED:
+            return f"mosquitto {shown} ({'.'.join(map(str, RECOMMENDED))} or newer is recommended in production)"
+        return f"mosquitto {shown}"
+
+    def _accepts(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(0.2)
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def _mosquitto(self) -> list[str]:
+        assert self.binary is not None
+        self._write_access()
+        data = self._folder / "data"
+        data.mkdir(exist_ok=True)
+        lines = [
+            f"listener {self.port} 127.0.0.1",
+            "allow_anonymous false",
+            f"password_file {self._folder / 'passwords'}",
+            f"acl_file {self._folder / 'acl'}",
+            # Without it one valid user could evict any other by its client id.
+            "use_username_as_clientid true",
+            "allow_zero_length_clientid false",
+            "persistence true",
+            f"persistence_location {data}/",
+            # The default of 1800 s loses every retained message at a kill.
+            "autosave_interval 5",
+            "set_tcp_nodelay true",
+            "max_packet_size 1048576",
+            "max_keepalive 1200",
+            "max_queued_messages 1000",
+            "persistent_client_expiration 7d",
+            "log_dest stderr",
+            "connection_messages true",
+        ]
+        if os.geteuid() == 0:
+            # Started as root it would become a user who cannot write into our folder, and never save anything.
+            lines.append(f"user {getpass.getuser()}")
+        config = self._folder / "mosquitto.conf"
+        config.write_text("\n".join(lines) + "\n")
+        return [self.binary, "-c", str(config)]
+
+    def _write_access(self) -> None:
+        nodes = [user for user in self._passwords if user != HUB_USER]
+        _write_private(self._folder / "acl", access_list(nodes))
+        entries = [f"{user}:{_hash(password)}" for user, password in self._passwords.items()]
+        _write_private(self._folder / "passwords", "\n".join(entries) + "\n")
+
+    def _amqtt(self) -> list[str]:
+        if importlib.util.find_spec("amqtt") is None:
+            raise DeployError(
+                "no MQTT broker: install mosquitto (apt-get install mosquitto) or pip install 'tierline[amqtt]'"
+            )
+        config = {
+            "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{self.port}"}},
+            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+        }
+        path = self._folder / "amqtt.yaml"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        return [sys.executable, "-m", "amqtt.scripts.broker_script", "-c", str(path)]
+
+
+def _hash(password: str) -> str:
+    salt = os.urandom(12)
+    derived = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, HASH_ROUNDS)
+    return f"$7${HASH_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(derived).decode()}"
+
+
+def _write_private(path: Path, text: str) -> None:
+    staged = path.with_suffix(".tmp")
+    with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    staged.replace(path)

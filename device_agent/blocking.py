@@ -1,0 +1,96 @@
+"""The agent for applications without an event loop: one background thread, stopped on leaving the block."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from os import PathLike
+from typing import Any, Self, TypeVar
+
+from numpy.typing import ArrayLike
+
+from device_agent.agent import Agent, Answer
+from device_agent.config import AgentConfig
+from models.errors import NotReady
+
+T = TypeVar("T")
+
+STOP_SECONDS = 10.0
+"""Longest wait for the background thread to end."""
+
+
+class BlockingAgent:
+    """`Agent` for synchronous code; may be called from several threads at once."""
+
+    def __init__(self, config: AgentConfig | str | PathLike[str]) -> None:
+        self._agent = Agent(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="tierline-agent", daemon=True)
+        thread.start()
+        self._loop, self._thread = loop, thread
+        try:
+            self._call(self._agent.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._call(self._agent.__aexit__(None, None, None))
+        finally:
+            self._stop()
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        deadline_ms: float | None = None,
+        min_confidence: float | None = None,
+        outputs: Sequence[str] = (),
+        version: str | None = None,
+    ) -> Answer:
+        """As `Agent.infer`, waiting for the answer."""
+        return self._call(
+            self._agent.infer(
+                model,
+                inputs,
+                deadline_ms=deadline_ms,
+                min_confidence=min_confidence,
+                outputs=outputs,
+                version=version,
+            )
+        )
+
+    def running(self) -> dict[str, str]:
+        """Model name -> `package/version` served in this process."""
+        return self._agent.running()
+
+    @property
+    def connected(self) -> bool:
+        return self._agent.connected
+
+    def wait_for(self, model: str, timeout: float = 30.0) -> None:
+        """As `Agent.wait_for`."""
+        self._call(self._agent.wait_for(model, timeout))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            work.close()
+            raise NotReady("the agent is not running: use it inside 'with BlockingAgent(...)'")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is None or self._thread is None:
+            return
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join(STOP_SECONDS)
+        if not self._thread.is_alive():
+            loop.close()

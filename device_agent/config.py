@@ -1,0 +1,30 @@
+"""Configuration of a device agent: one TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from sync.errors import InvalidConfig
+from sync.identity import Membership, load_config
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[node]` who it is and whom it trusts. `edge`: base URL of the edge node to escalate to, None = answer alone.
+
+    `threads`: engine threads for models too slow for the event loop (0.2 ms). Default 1: the device belongs to the
+    application.
+    """
+
+    node: Membership
+    edge: str | None = None
+    threads: int = 1
+
+
+def load_agent_config(path: Path) -> AgentConfig:
+    """Read and check. Raises InvalidConfig naming the file and the field."""
+    config = load_config(path, AgentConfig)
+    if config.node.tier != "device":
+        raise InvalidConfig(f"{path}: node.tier is {config.node.tier!r}, a device agent's is 'device'")
+    return config

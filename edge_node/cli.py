@@ -1,0 +1,40 @@
+"""`tierline edge`: run an edge node from its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from edge_node.config import EdgeConfig, load_edge_config
+from edge_node.node import EdgeNode, edge_node
+from models.serving.process import announce, configure_logging, run_until_stopped
+from sync.errors import SyncError
+
+
+def edge(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tierline edge", description="Run an edge node.")
+    parser.add_argument("config", type=Path, help="TOML file: [node], [listen], [up]")
+    parser.add_argument("--http-port", type=int, help="overrides listen.port; 0 = chosen by the system")
+    options = parser.parse_args(argv)
+    try:
+        config = load_edge_config(options.config)
+        configure_logging(config.node.id)
+        return run_until_stopped(lambda: _announced(config, options.http_port))
+    except (SyncError, OSError) as error:
+        print(f"tierline edge: {error}", file=sys.stderr)
+        return 2
+
+
+@asynccontextmanager
+async def _announced(config: EdgeConfig, port: int | None) -> AsyncIterator[EdgeNode]:
+    from msgspec.structs import replace
+
+    if port is not None:
+        config = replace(config, listen=replace(config.listen, port=port))
+    async with edge_node(config) as node:
+        announce(config.node.data / "edge.json", url=node.server.url, id=config.node.id)
+        print(f"edge node {config.node.id} answers on {node.server.url}", flush=True)
+        yield node

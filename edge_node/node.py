@@ -1,0 +1,70 @@
+"""The edge node, put together: read this first.
+
+    request --HTTP--> RestHandler -> Router --+-- here: Local -> Repository's sessions
+                                              +-- up:   Remote -> the cloud's data plane
+    document --MQTT--> Member's updaters -> Repository (models) | PolicyBook (routing)
+    device  --HTTP--> BlobMirror -> store, else fetched from the hub and kept
+
+The data plane needs neither the broker nor the hub: what was active is loaded from disk before the network is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from edge_node.blobs import BlobMirror
+from edge_node.config import EdgeConfig
+from models.engines import available_engines
+from models.serving.local import Local
+from models.serving.policy_book import PolicyBook
+from models.serving.remote import Remote
+from models.serving.repository import Repository
+from models.serving.rest import RestHandler
+from models.serving.router import Router
+from models.serving.server import HttpServer, serve_http
+from sync.member import Member, join
+from sync.messages import Capabilities
+
+TIER = "edge"
+
+
+@dataclass(frozen=True)
+class EdgeNode:
+    """A running edge node. `server.url` is its data plane."""
+
+    server: HttpServer
+    member: Member
+    repository: Repository
+    router: Router
+
+
+@asynccontextmanager
+async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
+    """Start an edge node; leaving the block drains and stops it.
+
+    Raises InvalidConfig, StoreFailed, or OSError when the port is taken. A broker or hub that is down is no error.
+    """
+    engines = available_engines()
+    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
+    book = PolicyBook(TIER)
+    here = Local(repository, TIER, threads=config.serving.threads)
+    up = Remote(config.up.url, tier="cloud") if config.up else None
+    router = Router(here, up, models=repository, book=book)
+    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
+    activators = {"desired": repository, "policy": book}
+    try:
+        async with join(
+            config.node, activators=activators, capabilities=capabilities, running=repository.running
+        ) as member:
+            mirror = BlobMirror(member.packages, member.fetcher)
+            handler = RestHandler(router, repository, ready=repository.is_settled, extra=mirror.routes)
+            listen = config.listen
+            async with router.probing(), serve_http(handler, host=listen.host, port=listen.port) as server:
+                yield EdgeNode(server, member, repository, router)
+    finally:
+        if up is not None:
+            await up.close()
+        await here.close()
+        await repository.close()
