@@ -1,0 +1,249 @@
+"""The server's half of Open Inference Protocol v2: request bytes to `InferRequest`, `InferResponse` to response bytes. Pure.
+
+JSON and Triton's binary tensor data extension, each input and output in its own form. In JSON answers NaN and the infinities
+become null (JSON has no other word for them); binary answers carry the exact bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import orjson
+
+from models.errors import InvalidRequest
+from models.serving.codec_tensor import DECODE_ERRORS, decode_json, encode_binary, view_binary
+from models.serving.predictor import InferRequest, InferResponse
+from models.tensor import Array, datatype_of
+
+_NO_SHARED_MEMORY = "shared memory regions are not supported, send the data in the body"
+
+
+class _InputParameters(msgspec.Struct, frozen=True):
+    binary_data_size: int | None = None
+    shared_memory_region: str | None = None
+
+
+class _OutputParameters(msgspec.Struct, frozen=True):
+    binary_data: bool | None = None
+    classification: int | None = None
+    shared_memory_region: str | None = None
+
+
+class _Input(msgspec.Struct):
+    name: str
+    datatype: str
+    shape: list[int]
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: _InputParameters = _InputParameters()
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: _OutputParameters = _OutputParameters()
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str | None = None
+    outputs: list[_Output] = []
+    parameters: dict[str, Any] = {}
+
+
+class _BinarySize(msgspec.Struct):
+    binary_data_size: int
+
+
+class _Tensor(msgspec.Struct, omit_defaults=True):
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    parameters: _BinarySize | msgspec.UnsetType = msgspec.UNSET
+    data: msgspec.Raw | list[str] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Marks(msgspec.Struct):
+    """Where the answer came from and why, as the response's `parameters`."""
+
+    tier: str
+    package: str
+    reason: str
+    degraded: bool
+    confidence: float | msgspec.UnsetType
+
+
+class _Response(msgspec.Struct):
+    model_name: str
+    model_version: str
+    id: str | msgspec.UnsetType
+    parameters: _Marks
+    outputs: list[_Tensor]
+
+
+_DECODER = msgspec.json.Decoder(_Request)
+_ENCODER = msgspec.json.Encoder()
+
+
+class OutputForm(msgspec.Struct, frozen=True):
+    """Which outputs the caller wants as binary data: `binary` unless `by_name` says otherwise."""
+
+    binary: bool
+    by_name: Mapping[str, bool] = {}
+
+
+def decode_request(
+    body: bytes,
+    header_length: int | None,
+    *,
+    model: str,
+    version: str | None = None,
+    deadline: float | None = None,
+    trace: str | None = None,
+) -> tuple[InferRequest, OutputForm]:
+    """An infer request. `header_length`: bytes of JSON before the binary data, None = all of the body is JSON.
+
+    Input arrays are read-only views of `body` where they were sent as binary data. Raises InvalidRequest or TooLarge,
+    naming the tensor or field.
+    """
+    if header_length is None:
+        header_length = len(body)
+    elif not 0 < header_length <= len(body):
+        raise InvalidRequest(f"inference-header-content-length is {header_length}, the body has {len(body)} bytes")
+    try:
+        wire = _DECODER.decode(body[:header_length])
+    except DECODE_ERRORS as error:
+        raise InvalidRequest(f"request is not valid: {error}") from error
+    parameters = wire.parameters
+    outputs, form = _wanted(wire.outputs, parameters)
+    return InferRequest(
+        model=model,
+        inputs=_inputs(wire.inputs, body, header_length),
+        version=version,
+        outputs=outputs,
+        deadline=deadline,
+        min_confidence=_min_confidence(parameters) if parameters else None,
+        priority=_priority(parameters) if parameters else 0,
+        trace=trace,
+        id=wire.id,
+        parameters=parameters,
+    ), form
+
+
+def encode_response(answer: InferResponse, form: OutputForm, request_id: str | None) -> tuple[list[bytes], int | None]:
+    """The body in parts, and the length of its JSON part when binary data follows it (else None).
+
+    Raises InvalidRequest for an output that has no JSON form and was not asked for as binary data.
+    """
+    tensors = []
+    parts = [b""]
+    for name, array in answer.outputs.items():
+        if form.by_name.get(name, form.binary):
+            data = encode_binary(array)
+            parts.append(data)
+            tensors.append(_Tensor(name, datatype_of(array.dtype), array.shape, _BinarySize(len(data))))
+        else:
+            tensors.append(_json_tensor(name, array))
+    marks = _Marks(
+        answer.tier,
+        answer.package,
+        answer.reason,
+        answer.degraded,
+        msgspec.UNSET if answer.confidence is None else answer.confidence,
+    )
+    response_id = msgspec.UNSET if request_id is None else request_id
+    head = _ENCODER.encode(_Response(answer.model, answer.version, response_id, marks, tensors))
+    parts[0] = head
+    return parts, (len(head) if len(parts) > 1 else None)
+
+
+def _inputs(tensors: list[_Input], body: bytes, offset: int) -> dict[str, Array]:
+    inputs: dict[str, Array] = {}
+    for tensor in tensors:
+        name = tensor.name
+        where = f"input '{name}'"
+        if name in inputs:
+            raise InvalidRequest(f"{where} is given twice")
+        parameters = tensor.parameters
+        if parameters.shared_memory_region is not None:
+            raise InvalidRequest(f"{where}: {_NO_SHARED_MEMORY}")
+        size = parameters.binary_data_size
+        if size is None:
+            if tensor.data is msgspec.UNSET:
+                raise InvalidRequest(f"{where} has neither data nor the parameter binary_data_size")
+            inputs[name] = decode_json(tensor.data, tensor.datatype, tensor.shape, where)
+            continue
+        if tensor.data is not msgspec.UNSET:
+            raise InvalidRequest(f"{where} has both data and the parameter binary_data_size")
+        inputs[name] = view_binary(body, offset, size, tensor.datatype, tensor.shape, where)
+        offset += size
+    if offset != len(body):
+        raise InvalidRequest(f"{len(body) - offset} bytes of the body belong to no input")
+    return inputs
+
+
+_AS_JSON = OutputForm(False)
+_AS_BINARY = OutputForm(True)
+
+
+def _wanted(outputs: list[_Output], parameters: Mapping[str, Any]) -> tuple[tuple[str, ...], OutputForm]:
+    binary = parameters.get("binary_data_output", False) if parameters else False
+    if not isinstance(binary, bool):
+        raise InvalidRequest("parameters.binary_data_output is neither true nor false")
+    form = _AS_BINARY if binary else _AS_JSON
+    if not outputs:
+        return (), form
+    by_name: dict[str, bool] = {}
+    for output in outputs:
+        if output.name in by_name:
+            raise InvalidRequest(f"output '{output.name}' is asked for twice")
+        if output.parameters.shared_memory_region is not None:
+            raise InvalidRequest(f"output '{output.name}': {_NO_SHARED_MEMORY}")
+        if output.parameters.classification:
+            raise InvalidRequest(f"output '{output.name}': the classification extension is not supported")
+        wanted = output.parameters.binary_data
+        by_name[output.name] = binary if wanted is None else wanted
+    return tuple(by_name), OutputForm(binary, by_name)
+
+
+def _min_confidence(parameters: Mapping[str, Any]) -> float | None:
+    value = parameters.get("min_confidence")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidRequest("parameters.min_confidence is not a number from 0 to 1")
+    return float(value)
+
+
+def _priority(parameters: Mapping[str, Any]) -> int:
+    value = parameters.get("priority", 0)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest("parameters.priority is not an integer")
+    return value
+
+
+def _json_tensor(name: str, array: Array) -> _Tensor:
+    datatype = datatype_of(array.dtype)
+    data: msgspec.Raw | list[str]
+    if datatype == "BYTES":
+        data = [_text(name, element) for element in array.reshape(-1)]
+    elif datatype == "FP16":
+        raise InvalidRequest(f"output '{name}' is FP16, which has no JSON form: ask for it with binary_data true")
+    else:
+        flat = array.reshape(-1)
+        # orjson refuses strided views and foreign byte orders.
+        if not (flat.flags.c_contiguous and flat.dtype.isnative):
+            flat = flat.astype(flat.dtype.newbyteorder("="))
+        data = msgspec.Raw(orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY))
+    return _Tensor(name, datatype, array.shape, data=data)
+
+
+def _text(name: str, element: bytes | str) -> str:
+    if isinstance(element, str):
+        return element
+    try:
+        return bytes(element).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"output '{name}' is not UTF-8 text, which JSON needs: ask for it with binary_data true"
+        ) from error

@@ -1,0 +1,71 @@
+"""What a pure handler is given and what it gives back. Knows nothing of sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from models.errors import Overloaded, TierlineError
+
+JSON = b"content-type: application/json\r\n"
+OCTETS = b"content-type: application/octet-stream\r\n"
+
+
+class FileBody(msgspec.Struct, frozen=True):
+    """`length` bytes of the file at `path`, from byte `offset` on; read while they are sent."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+class HttpRequest(msgspec.Struct):
+    """A complete request. `path` is still percent-encoded; `query` is what follows '?', or ''.
+
+    `headers`: names in lower case; of a header sent twice, the last one counts.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: dict[bytes, bytes]
+    body: bytes
+
+
+class HttpResponse(msgspec.Struct):
+    """An answer. `headers` are ready lines, each ended by CRLF (`header_lines` makes them); lengths are added by the server."""
+
+    status: int
+    headers: bytes = JSON
+    body: bytes | list[bytes] | FileBody = b""
+
+
+Handler = Callable[[HttpRequest], Coroutine[Any, Any, HttpResponse]]
+
+
+def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Header lines ready to send. Raises ValueError for a value that would end its line."""
+    lines = []
+    for name, value in headers:
+        line = f"{name}: {value}"
+        if not line.isprintable():
+            raise ValueError(f"header {name!r} holds a character that cannot be sent")
+        lines.append(line + "\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+def error_body(message: str) -> bytes:
+    """`{"error": message}`, the one form of every error."""
+    # A surrogate that came out of a broken name would make the body undecodable.
+    return msgspec.json.encode({"error": message.encode("utf-8", "replace").decode()})
+
+
+def error_response(error: TierlineError) -> HttpResponse:
+    """The answer that an error of the tree stands for."""
+    headers = JSON
+    if isinstance(error, Overloaded):
+        headers += b"retry-after: %d\r\n" % max(1, round(error.retry_after + 0.5))
+    return HttpResponse(error.http, headers, error_body(str(error)))
