@@ -1,0 +1,245 @@
+"""The document in force: put there, watched, taken back, started again. The half of the updater that needs no network."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sync.clock import Clock
+from sync.errors import Rejected, StoreFailed
+from sync.messages import Document
+from sync.state import StateStore
+from sync.store import BlobStore
+from sync.trust import Verified, unseal
+
+MAX_STARTS = 3
+"""Starts of one version that may end in the death of the process before it is given up."""
+
+log = logging.getLogger(__name__)
+
+
+class Activator(Protocol):
+    """What a document's body means: met structurally by the model repository and by the routing policy."""
+
+    def plan(self, body: bytes, capabilities: Mapping[str, object]) -> Sequence[str]:
+        """Pure: which of the document's digests this node needs. `capabilities`: {"engines": [...]}."""
+        ...
+
+    async def prepare(self, body: bytes, blobs: Mapping[str, Path]) -> object:
+        """Load and check beside what is running. `blobs`: digest -> read-only file, exactly the planned ones."""
+        ...
+
+    async def commit(self, token: object) -> None:
+        """Put what `prepare` returned in force by one assignment; requests under way finish on the old version."""
+        ...
+
+    async def discard(self, token: object) -> None:
+        """Release what `prepare` returned and nobody will commit."""
+        ...
+
+    def verdict(self) -> str:
+        """`good`, `undecided` or `bad: reason`, from live traffic since the last commit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probation:
+    """`seconds`: how long an undecided version stays on probation. `poll`: seconds between two looks at the verdict."""
+
+    seconds: float = 30.0
+    poll: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A verified document and the bytes it came in."""
+
+    verified: Verified
+    envelope: bytes
+
+    @property
+    def document(self) -> Document:
+        return self.verified.document
+
+    @property
+    def body(self) -> bytes:
+        return bytes(self.document.body)
+
+
+def reopen(envelope: bytes) -> Offer:
+    """A document that was verified before it was stored."""
+    return Offer(unseal(envelope), envelope)
+
+
+class InForce:
+    """What one kind of document makes this node run now. `tell(state, error, offer)` hears of every change."""
+
+    def __init__(
+        self,
+        kind: str,
+        scope: str,
+        activator: Activator,
+        *,
+        state: StateStore,
+        store: BlobStore,
+        clock: Clock,
+        capabilities: Mapping[str, object],
+        probation: Probation,
+        tell: Callable[[str, str | None, Offer | None], None],
+    ) -> None:
+        self.current: Offer | None = None
+        self.watching = False
+        self.on_probation = False
+        self._name = (kind, scope)
+        self._activator = activator
+        self._disk = state
+        self._store = store
+        self._clock = clock
+        self._capabilities = capabilities
+        self._probation = probation
+        self._tell = tell
+        self._committed_at = 0.0
+
+    def plan(self, offer: Offer) -> Sequence[str]:
+        """The digests this node needs. Raises Rejected."""
+        try:
+            planned = self._activator.plan(offer.body, self._capabilities)
+        except Exception as error:
+            raise Rejected(str(error)) from error
+        undeclared = set(planned) - set(offer.document.digests)
+        if undeclared:
+            raise Rejected(f"the body needs {min(undeclared)}, which the document does not declare")
+        return planned
+
+    async def prepare(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
+        """What `put` takes. Raises Rejected with the activator's reason."""
+        try:
+            return await self._activator.prepare(offer.body, blobs)
+        except Exception as error:
+            raise Rejected(str(error)) from error
+
+    async def prepare_candidate(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
+        """Prepare, counted on the disk: a version that kills the process while it loads is not tried for ever."""
+        starts = await asyncio.to_thread(self._disk.begin_start, *self._name, "candidate")
+        if starts > MAX_STARTS:
+            reason = f"it ended this process {MAX_STARTS} times while it was prepared"
+            digest = offer.verified.digest
+            await asyncio.to_thread(self._disk.condemn_candidate, *self._name, digest, f"rejected: {reason}")
+            raise Rejected(reason)
+        try:
+            return await self.prepare(offer, blobs)
+        except BaseException:
+            await asyncio.shield(self._end_start("candidate", confirmed=False))
+            raise
+
+    async def discard(self, token: object) -> None:
+        await self._activator.discard(token)
+
+    async def put(self, offer: Offer, token: object) -> None:
+        """Commit and go on probation. The disk already says that the offer is the active document."""
+        await self._activator.commit(token)
+        self.current = offer
+        self._committed_at = self._clock.monotonic()
+        self.watching = self.on_probation = True
+        self._tell("probation", None, offer)
+
+    async def judge(self) -> None:
+        """Look at the verdict of live traffic, while it is open: confirm, keep watching, or go back."""
+        if not self.watching:
+            return
+        verdict = self._activator.verdict()
+        if verdict.startswith("bad"):
+            self.watching = self.on_probation = False
+            await self._roll_back(verdict)
+            return
+        if verdict == "good":
+            self.watching = False
+        old_enough = self._clock.monotonic() - self._committed_at >= self._probation.seconds
+        if self.on_probation and (verdict == "good" or old_enough):
+            self.on_probation = False
+            self._tell("applied", None, self.current)
+            await self._end_start("active", confirmed=True)
+
+    async def leave(self) -> None:
+        """Stopping in good order is no crash of the version."""
+        if self.current is not None and not self._activator.verdict().startswith("bad"):
+            await self._end_start("active", confirmed=False)
+
+    # --- starting up and going back -----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """The stored document, or the previous one when it crashed the process too often or does not load."""
+        slots = self._disk.slots(*self._name)
+        if slots.active is None:
+            return
+        active = reopen(slots.active)
+        if slots.previous is not None and self._count_start() > MAX_STARTS:
+            self.current = active
+            if await self._roll_back(f"it ended this process {MAX_STARTS} times"):
+                return
+            self.current = None
+        try:
+            self._tell("preparing", None, active)
+            token = await self.prepare(active, self._stored_blobs(active))
+        except Rejected as error:
+            log.warning("the stored %s document does not start: %s", self._name[0], error)
+            await self._start_previous(active, slots.previous, f"{error.code}: {error}")
+            return
+        self._tell("committing", None, active)
+        await self.put(active, token)
+        await self.judge()
+
+    async def _start_previous(self, broken: Offer, previous: bytes | None, why: str) -> None:
+        """Serve the previous version; the active one becomes a candidate, which may fetch what it misses."""
+        try:
+            self._disk.demote(*self._name)
+            if previous is not None:
+                offer = reopen(previous)
+                await self._activator.commit(await self.prepare(offer, self._stored_blobs(offer)))
+                self.current = offer
+        except (Rejected, StoreFailed) as error:
+            why = f"{why}; nor does the previous one: {error}"
+        self._tell("failed", why, broken)
+
+    async def _roll_back(self, reason: str) -> bool:
+        """Prepare the previous stored document again. Without one, the bad version stays: some answer beats none."""
+        bad, previous = self.current, self._disk.slots(*self._name).previous
+        if bad is None or previous is None:
+            self._tell("failed", f"rejected: {reason}; there is no previous version to go back to", bad)
+            return False
+        offer = reopen(previous)
+        try:
+            token = await self.prepare(offer, self._stored_blobs(offer))
+            await asyncio.to_thread(self._disk.roll_back, *self._name, bad.verified.digest, f"rejected: {reason}")
+        except (Rejected, StoreFailed) as error:
+            self._tell("failed", f"rejected: {reason}; going back failed: {error}", bad)
+            return False
+        await self._activator.commit(token)
+        self.current = offer
+        log.warning("%s revision %d rolled back: %s", self._name[0], bad.document.revision, reason)
+        self._tell("rolled_back", f"rejected: {reason}", bad)
+        return True
+
+    def _count_start(self) -> int:
+        try:
+            return self._disk.begin_start(*self._name, "active")
+        except StoreFailed as error:
+            log.warning("starting without counting it: %s", error)
+            return 0
+
+    async def _end_start(self, slot: str, *, confirmed: bool) -> None:
+        try:
+            await asyncio.to_thread(self._disk.end_start, *self._name, slot, confirmed=confirmed)
+        except StoreFailed as error:
+            log.warning("a start stays unconfirmed: %s", error)
+
+    def _stored_blobs(self, offer: Offer) -> dict[str, Path]:
+        planned = self.plan(offer)
+        missing = [digest for digest in planned if not self._store.has(digest)]
+        if missing:
+            raise Rejected(f"{len(missing)} files of the stored document are gone, the first is {missing[0]}")
+        return {digest: self._store.path(digest) for digest in planned}

@@ -1,0 +1,139 @@
+"""The control plane of one node: what arrives goes to the updater it is for, what changes is reported, presence is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from uuid import uuid4
+
+from sync import topics
+from sync.channel import LinkLike, Message, Will
+from sync.clock import Clock
+from sync.errors import Malformed
+from sync.messages import Capabilities, DocumentReport, HubState, Reported, State, decode, encode
+from sync.updater import Updater
+
+REPORT_GAP = 0.05
+"""Seconds between two reports. A change of state goes out at once; those that follow on its heels share the next one."""
+DESIRED, POLICY = "desired", "policy"
+
+log = logging.getLogger(__name__)
+
+
+def new_boot_id() -> str:
+    """Names one run of the process: `seq` counts within it."""
+    return uuid4().hex[:16]
+
+
+def lost(node_id: str, boot: str) -> Will:
+    """What the broker says when the node vanishes."""
+    return Will(topics.up(node_id, "state"), encode(State(state="lost", boot=boot)))
+
+
+class ControlPlane:
+    """Level-triggered: everything it says is retained and said again after every connect and every start of the hub.
+
+    `refused` counts by reason what arrived and was of no use; nothing that arrives can end it.
+    """
+
+    def __init__(
+        self,
+        link: LinkLike,
+        node_id: str,
+        updaters: Mapping[str, Updater],
+        *,
+        capabilities: Capabilities,
+        running: Callable[[], dict[str, str]],
+        clock: Clock,
+        boot: str,
+        groups: Iterable[str] = (),
+    ) -> None:
+        self.refused: Counter[str] = Counter()
+        self._link = link
+        self._node_id = node_id
+        self._updaters = updaters
+        self._capabilities = capabilities
+        self._running = running
+        self._clock = clock
+        self._boot = boot
+        self._filters = topics.node_filters(node_id, groups)
+        self._routes = {topics.down(node_id, DESIRED): DESIRED, topics.tenant_policy(topics.tenant_of(node_id)): POLICY}
+        self._seq = 0
+        self._changed = asyncio.Event()
+        self._hub_epoch = ""
+
+    def changed(self, kind: str, report: DocumentReport) -> None:
+        """An updater's `on_report`."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled: then it says goodbye, so that nobody waits for the will."""
+        self._link.subscribe(*self._filters)
+        self._link.on_connect(self._announce)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._report_changes())
+        finally:
+            self._say(State(state="disconnected", boot=self._boot, at=self._clock.wall()), "state")
+
+    def _announce(self) -> None:
+        """Birth: on every connect, because the broker may have forgotten everything."""
+        self._say(State(state="ready", boot=self._boot, at=self._clock.wall()), "state")
+        self._say(self._capabilities, "caps")
+        self._changed.set()
+
+    async def _receive(self) -> None:
+        async for message in self._link.messages():
+            try:
+                self._take(message)
+            except Malformed as error:
+                self._count(error.code, f"{message.topic}: {error}")
+            except Exception:
+                log.exception("a message on %s could not be handled", message.topic)
+                self._count("error", message.topic)
+
+    def _take(self, message: Message) -> None:
+        kind = self._routes.get(message.topic)
+        if kind in self._updaters and kind is not None:
+            self._updaters[kind].offer(message.payload)
+        elif message.topic == topics.HUB_STATE:
+            self._heed(decode(message.payload, HubState))
+        else:
+            self._count("unrouted", message.topic)
+
+    def _heed(self, hub: HubState) -> None:
+        """A hub that started again may have lost what we told it."""
+        if hub.epoch != self._hub_epoch:
+            self._hub_epoch = hub.epoch
+            self._announce()
+
+    def _count(self, reason: str, detail: str) -> None:
+        self.refused[reason] += 1
+        if self.refused[reason] == 1:
+            log.warning("ignored a message (%s): %s; further ones are only counted", reason, detail)
+
+    async def _report_changes(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._say(self._reported(), "reported")
+            await self._clock.sleep(REPORT_GAP)
+
+    def _reported(self) -> Reported:
+        self._seq += 1
+        refused = self.refused.copy()
+        for updater in self._updaters.values():
+            refused.update(updater.refusals)
+        return Reported(
+            boot=self._boot,
+            seq=self._seq,
+            documents={kind: updater.report for kind, updater in self._updaters.items()},
+            running=self._running(),
+            refused=dict(refused),
+        )
+
+    def _say(self, message: State | Capabilities | Reported, leaf: str) -> None:
+        self._link.publish(topics.up(self._node_id, leaf), encode(message), retain=True)

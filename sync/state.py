@@ -1,0 +1,214 @@
+"""What a node must remember across a power cut: revision floors, the stored documents, starts that were not confirmed.
+
+SQLite in WAL mode with synchronous=FULL: when a method returns, its change is on the disk; each is one transaction. Every
+row is about one (kind, scope). A stored document is in one of three slots: `candidate` was accepted and is on its way,
+`active` is in force, `previous` was in force before it and is what rolling back goes to.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from sync.errors import StoreFailed
+from sync.trust import Verified
+
+BUSY_SECONDS = 5.0
+"""How long to wait for another process that has the file open, such as a diagnostic tool."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS floors (
+    kind TEXT, scope TEXT, revision INTEGER NOT NULL, digest TEXT NOT NULL,
+    PRIMARY KEY (kind, scope)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS slots (
+    kind TEXT, scope TEXT, slot TEXT CHECK (slot IN ('active', 'previous', 'candidate')),
+    envelope BLOB NOT NULL, starts INTEGER NOT NULL DEFAULT 0, confirmed INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (kind, scope, slot)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS condemned (
+    kind TEXT, scope TEXT, digest TEXT NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY (kind, scope)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS time_floor (id INTEGER PRIMARY KEY CHECK (id = 1), seconds REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The highest revision accepted and the digest of its payload. Revision 0: none yet."""
+
+    revision: int = 0
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Stored envelopes; None = the slot is empty."""
+
+    active: bytes | None = None
+    previous: bytes | None = None
+    candidate: bytes | None = None
+
+
+class StateStore:
+    """One file. Safe to call from any thread, one at a time. Raises StoreFailed when the disk or the file refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = Lock()
+        with self._disk():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock, self._disk():
+            self._db.close()
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def floor(self, kind: str, scope: str) -> Floor:
+        row = self._one("SELECT revision, digest FROM floors WHERE kind = ? AND scope = ?", kind, scope)
+        return Floor(*row) if row else Floor()
+
+    def slots(self, kind: str, scope: str) -> Slots:
+        with self._lock, self._disk():
+            rows = self._db.execute("SELECT slot, envelope FROM slots WHERE kind = ? AND scope = ?", (kind, scope))
+            return Slots(**dict(rows.fetchall()))
+
+    def condemned(self, kind: str, scope: str) -> tuple[str, str]:
+        """(digest, reason) of the version last rolled back from; empty strings when there is none."""
+        row = self._one("SELECT digest, reason FROM condemned WHERE kind = ? AND scope = ?", kind, scope)
+        return (row[0], row[1]) if row else ("", "")
+
+    def time_floor(self) -> float:
+        """The latest signed time seen, Unix seconds: a clock below it is wrong.
+
+        Signed times only: one wild reading of the local clock must not expire every document from then on.
+        """
+        row = self._one("SELECT seconds FROM time_floor")
+        return float(row[0]) if row else 0.0
+
+    # --- changing -----------------------------------------------------------------------------------------------
+
+    def accept(self, verified: Verified, envelope: bytes) -> None:
+        """Raise the floor and store the candidate, before anything is done about it."""
+        with self._transaction() as db:
+            _raise_floor(db, verified)
+            _put(db, verified, "candidate", envelope)
+
+    def activate(self, verified: Verified, envelope: bytes) -> None:
+        """Make the candidate the active document. What was active becomes the previous one if it had proved itself."""
+        with self._transaction() as db:
+            _raise_floor(db, verified)
+            name = (verified.document.kind, verified.document.scope)
+            # An active version still on probation is no place to roll back to while an older good one is there.
+            proved = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'active' AND confirmed = 1"
+            older = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'previous'"
+            if db.execute(proved, name).fetchone() or not db.execute(older, name).fetchone():
+                _move(db, name, "active", "previous")
+            _clear(db, name, "candidate")
+            _put(db, verified, "active", envelope)
+
+    def forget_candidate(self, kind: str, scope: str) -> None:
+        with self._transaction() as db:
+            _clear(db, (kind, scope), "candidate")
+
+    def begin_start(self, kind: str, scope: str, slot: str) -> int:
+        """Count a start of the document in `slot` before it is tried; returns how many are unconfirmed, this one included."""
+        with self._transaction() as db:
+            name = (kind, scope, slot)
+            db.execute("UPDATE slots SET starts = starts + 1 WHERE kind = ? AND scope = ? AND slot = ?", name)
+            row = db.execute("SELECT starts FROM slots WHERE kind = ? AND scope = ? AND slot = ?", name).fetchone()
+            return int(row[0]) if row else 0
+
+    def end_start(self, kind: str, scope: str, slot: str, *, confirmed: bool) -> None:
+        """The process survived the start. `confirmed`: the document also proved itself."""
+        with self._transaction() as db:
+            statement = (
+                "UPDATE slots SET starts = 0, confirmed = max(confirmed, ?) WHERE kind = ? AND scope = ? AND slot = ?"
+            )
+            db.execute(statement, (int(confirmed), kind, scope, slot))
+
+    def roll_back(self, kind: str, scope: str, digest: str, reason: str) -> None:
+        """Drop the active document for good and make the previous one active. The floor stays: this is no downgrade."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO condemned VALUES (?, ?, ?, ?)", (kind, scope, digest, reason))
+            _move(db, (kind, scope), "previous", "active")
+
+    def condemn_candidate(self, kind: str, scope: str, digest: str, reason: str) -> None:
+        """Drop the candidate for good."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO condemned VALUES (?, ?, ?, ?)", (kind, scope, digest, reason))
+            _clear(db, (kind, scope), "candidate")
+
+    def demote(self, kind: str, scope: str) -> None:
+        """The active document does not start from what is on the disk: try it again as a candidate, unless one waits."""
+        with self._transaction() as db:
+            name = (kind, scope)
+            waiting = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'candidate'"
+            if db.execute(waiting, name).fetchone():
+                _clear(db, name, "active")
+            else:
+                _move(db, name, "active", "candidate")
+            _move(db, name, "previous", "active")
+
+    # --- plumbing -----------------------------------------------------------------------------------------------
+
+    def _one(self, statement: str, *values: str) -> tuple[Any, ...] | None:
+        with self._lock, self._disk():
+            row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()
+            return row
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._disk():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @staticmethod
+    @contextmanager
+    def _disk() -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StoreFailed(f"the state file refused: {error}") from error
+
+
+def _raise_floor(db: sqlite3.Connection, verified: Verified) -> None:
+    document = verified.document
+    db.execute(
+        "INSERT INTO floors VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+        " SET revision = excluded.revision, digest = excluded.digest WHERE excluded.revision > revision",
+        (document.kind, document.scope, document.revision, verified.digest),
+    )
+    db.execute(
+        "INSERT INTO time_floor VALUES (1, ?) ON CONFLICT DO UPDATE SET seconds = max(seconds, excluded.seconds)",
+        (document.issued,),
+    )
+
+
+def _put(db: sqlite3.Connection, verified: Verified, slot: str, envelope: bytes) -> None:
+    document = verified.document
+    statement = "INSERT OR REPLACE INTO slots (kind, scope, slot, envelope) VALUES (?, ?, ?, ?)"
+    db.execute(statement, (document.kind, document.scope, slot, envelope))
+
+
+def _clear(db: sqlite3.Connection, name: tuple[str, str], slot: str) -> None:
+    db.execute("DELETE FROM slots WHERE kind = ? AND scope = ? AND slot = ?", (*name, slot))
+
+
+def _move(db: sqlite3.Connection, name: tuple[str, str], source: str, target: str) -> None:
+    _clear(db, name, target)
+    statement = "UPDATE slots SET slot = ?, starts = 0 WHERE kind = ? AND scope = ? AND slot = ?"
+    db.execute(statement, (target, *name, source))

@@ -1,0 +1,453 @@
+"""A verified document gets in force, a bad one never does, and the old version serves until then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from sync.errors import StoreFailed
+from sync.updater import STATES
+
+
+def states(node) -> list[str]:
+    """The states reported, without repetitions."""
+    found: list[str] = []
+    for report in node.reports:
+        if not found or found[-1] != report.state:
+            found.append(report.state)
+    return found
+
+
+async def apply(node, envelope: bytes):
+    node.updater.offer(envelope)
+    await node.when(lambda: node.updater.report.revision == node.revision and node.updater.report.state == "applied")
+    return node.updater.report
+
+
+async def test_a_document_is_fetched_prepared_committed_and_reported(node) -> None:
+    await node.updater.start()
+    report = await apply(node, node.package(b'"v1"'))
+    assert (report.applied, report.revision, report.error) == (1, 1, None)
+    assert node.activator.active == b'"v1"'
+    assert list(node.activator.prepared[0][1].values()) == [b'file of "v1"']
+    assert states(node) == ["verifying", "fetching", "preparing", "committing", "probation", "applied"]
+
+
+async def test_a_policy_is_in_force_without_any_file_or_source(policy) -> None:
+    policy.fetcher.down = True
+    await policy.updater.start()
+    report = await apply(policy, policy.document(b'"p1"'))
+    assert report.applied == 1
+    assert policy.fetcher.asked == []
+    assert policy.state.floor("policy", "tenant:acme").revision == 1
+
+
+async def test_the_floor_of_a_policy_is_on_the_disk_before_it_is_in_force(policy) -> None:
+    await policy.updater.start()
+    seen: list[int] = []
+    commit = policy.activator.commit
+
+    async def spy(token: object) -> None:
+        seen.append(policy.state.floor("policy", "tenant:acme").revision)
+        await commit(token)
+
+    policy.activator.commit = spy
+    await apply(policy, policy.document(b'"p1"'))
+    assert seen == [1]
+
+
+async def test_the_same_document_again_is_reported_again_and_nothing_is_done(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    await apply(node, envelope)
+    count = len(node.reports)
+    node.updater.offer(envelope)
+    await node.when(lambda: len(node.reports) > count)
+    assert node.updater.report.state == "applied"
+    assert len(node.activator.prepared) == 1
+
+
+BAD = {
+    "garbage": lambda node: b"garbage",
+    "replay": lambda node: node.document(b'"old"', revision=1),
+    "other contents under the revision in force": lambda node: node.document(b'"forged"', revision=2),
+    "expired": lambda node: node.document(b'"late"', revision=9, expires=1.0),
+    "another scope": lambda node: _elsewhere(node),
+}
+CODES = {
+    "garbage": "malformed",
+    "replay": "replayed",
+    "other contents under the revision in force": "replayed",
+    "expired": "expired",
+    "another scope": "wrong_scope",
+}
+
+
+def _elsewhere(node) -> bytes:
+    scope, node.scope = node.scope, "node:acme.edge-2"
+    try:
+        return node.document(b'"x"', revision=9)
+    finally:
+        node.scope = scope
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_a_bad_offer_is_counted_reported_and_changes_nothing(node, name: str) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    await apply(node, node.package(b'"v2"'))
+    node.updater.offer(BAD[name](node))
+    report = await node.until("refused")
+    assert report.applied == 2
+    assert report.error.startswith(f"{CODES[name]}: ")
+    assert node.updater.refusals == {CODES[name]: 1}
+    assert node.activator.active == b'"v2"'
+    assert node.state.floor(node.kind, node.scope).revision == 2
+
+
+async def test_a_flood_of_garbage_does_not_push_a_good_document_out(node) -> None:
+    await node.updater.start()
+    node.updater.offer(node.package(b'"v1"'))
+    for _ in range(5):
+        node.updater.offer(b"garbage")
+    await node.when(lambda: node.activator.active == b'"v1"')
+    await node.settle()
+    assert node.updater.report.applied == 1
+
+
+async def test_a_file_the_catalogue_does_not_list_is_never_fetched(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    node.list_files({})
+    node.updater.offer(envelope)
+    report = await node.until("refused")
+    assert report.error.startswith("not_listed: ")
+    assert node.fetcher.asked == ["/catalog"]
+    assert node.state.floor(node.kind, node.scope).revision == 0
+
+
+async def test_a_refused_document_is_taken_once_its_files_are_listed(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    catalog = node.fetcher.catalog[0]
+    node.fetcher.catalog = []
+    node.list_files({}, revision=1)
+    node.updater.offer(envelope)
+    await node.until("refused")
+    node.fetcher.catalog = [catalog]
+    node.list_files({item: len(data) for item, data in node.fetcher.files.items()}, revision=3)
+    node.updater.offer(envelope)
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.clock.advance(1.0)
+    await node.until("applied")
+
+
+async def test_wrong_bytes_are_refused_and_the_old_version_serves(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    envelope = node.package(b'"v2"')
+    node.fetcher.files[node.activator.wanted[0]] = b"tampered"
+    node.updater.offer(envelope)
+    report = await node.until("refused")
+    assert report.error.startswith("digest_mismatch: ")
+    assert (report.applied, report.revision) == (1, 2)
+    assert node.activator.active == b'"v1"'
+    assert node.state.slots(node.kind, node.scope).candidate is None
+
+
+async def test_what_the_activator_rejects_is_refused_with_its_reason_and_not_tried_again(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.refuse[b'"v2"'] = ValueError("golden outputs differ")
+    envelope = node.package(b'"v2"')
+    node.updater.offer(envelope)
+    report = await node.until("refused")
+    assert report.error == "rejected: golden outputs differ"
+    node.updater.offer(envelope)
+    await node.settle()
+    assert [body for body, _ in node.activator.prepared] == [b'"v1"', b'"v2"']
+    assert node.activator.active == b'"v1"'
+
+
+async def test_a_body_may_not_need_what_its_document_does_not_declare(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    node.activator.wanted = ("sha256:" + "f" * 64,)
+    node.updater.offer(envelope)
+    report = await node.until("refused")
+    assert "does not declare" in report.error
+
+
+async def test_an_unreachable_source_is_tried_again_until_it_answers(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    node.fetcher.down = True
+    node.updater.offer(envelope)
+    for _ in range(4):
+        await node.until("failed")
+        await node.when(lambda: node.clock.sleepers > 0)
+        assert node.updater.report.error.startswith("unavailable: ")
+        node.clock.advance(100)
+        await node.settle()
+    node.fetcher.down = False
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(100)
+    await node.until("applied")
+    assert node.activator.active == b'"v1"'
+
+
+async def test_a_newer_document_takes_the_place_of_one_under_way(node) -> None:
+    await node.updater.start()
+    node.fetcher.gate = asyncio.Event()
+    first, second = node.package(b'"v1"'), None
+    node.updater.offer(first)
+    await node.until("fetching")
+    second = node.package(b'"v2"')
+    node.updater.offer(second)
+    await node.when(lambda: len([item for item in node.fetcher.asked if item != "/catalog"]) == 2 or node.clock.sleepers > 0)
+    node.clock.advance(1)
+    await node.settle()
+    node.fetcher.gate.set()
+    await node.when(lambda: node.updater.report.state == "applied")
+    assert node.activator.history == [b'"v2"']
+    assert node.updater.report.applied == 2
+
+
+async def test_an_older_document_does_not_stop_a_newer_one_under_way(node) -> None:
+    await node.updater.start()
+    node.fetcher.gate = asyncio.Event()
+    node.updater.offer(node.package(b'"v5"', revision=5))
+    await node.until("fetching")
+    node.updater.offer(node.document(b'"v4"', revision=4))
+    node.updater.offer(b"garbage")
+    await node.settle()
+    assert node.updater.report.state == "fetching"
+    assert node.updater.refusals == {"replayed": 1, "malformed": 1}
+    node.fetcher.gate.set()
+    await node.until("applied")
+    assert node.activator.active == b'"v5"'
+
+
+async def test_a_bad_verdict_rolls_back_and_the_version_is_never_taken_again(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    envelope = node.package(b'"v2"')
+    node.activator.judgement = "undecided"
+    node.updater.offer(envelope)
+    await node.until("probation")
+    node.activator.judgement = "bad: one answer in two is an error"
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.activator.wanted = ()
+    node.clock.advance(1)
+    report = await node.until("rolled_back")
+    assert "one answer in two" in report.error
+    assert (report.applied, report.revision) == (1, 2)
+    assert node.activator.active == b'"v1"'
+    node.activator.judgement = "good"
+    await node.restart()
+    await node.updater.start()
+    assert node.activator.active == b'"v1"'
+    node.updater.offer(envelope)
+    report = await node.until("rolled_back")
+    assert (report.applied, node.activator.active) == (1, b'"v1"')
+
+
+async def test_without_a_previous_version_a_bad_one_keeps_serving_and_says_so(node) -> None:
+    await node.updater.start()
+    node.activator.judgement = "bad: slow"
+    node.updater.offer(node.package(b'"v1"'))
+    report = await node.until("failed")
+    assert "no previous version" in report.error
+    assert (report.applied, node.activator.active) == (1, b'"v1"')
+
+
+async def test_probation_ends_after_its_time_and_the_verdict_stays_open(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v2"'))
+    await node.until("probation")
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(31)
+    await node.until("applied")
+    node.activator.judgement = "bad: late"
+    node.activator.wanted = ()
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(1)
+    await node.until("rolled_back")
+    assert node.activator.active == b'"v1"'
+
+
+async def test_the_version_in_force_is_watched_while_the_next_one_cannot_be_fetched(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v2"'))
+    await node.until("probation")
+    envelope = node.package(b'"v3"')
+    node.fetcher.down = True
+    node.updater.offer(envelope)
+    await node.when(lambda: node.updater.report.state == "failed" and node.clock.sleepers >= 2)
+    node.activator.judgement = "bad: wrong"
+    node.activator.wanted = ()
+    node.clock.advance(1)
+    await node.when(lambda: node.activator.active == b'"v1"')
+    assert node.updater.report.applied == 1
+
+
+async def test_a_version_on_probation_is_not_what_rolling_back_goes_to(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    for body in (b'"v2"', b'"v3"'):
+        node.updater.offer(node.package(body))
+        await node.when(lambda body=body: node.activator.active == body or node.clock.sleepers > 1)
+        node.clock.advance(1)
+        await node.when(lambda body=body: node.activator.active == body)
+    node.activator.judgement = "bad: wrong"
+    node.activator.wanted = ()
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(1)
+    await node.until("rolled_back")
+    assert node.activator.active == b'"v1"'
+
+
+async def test_a_restart_without_network_serves_the_stored_version_even_when_it_has_expired(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"', expires=node.clock.wall() + 10))
+    await node.restart()
+    node.fetcher.down = True
+    node.clock.advance(10_000_000)
+    await node.updater.start()
+    assert node.activator.active == b'"v1"'
+    assert node.updater.report.state == "applied"
+    assert node.fetcher.asked == []
+
+
+async def test_a_version_that_kills_the_process_three_times_is_given_up(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v2"'))
+    await node.until("probation")
+    node.activator.wanted = ()
+    active = []
+    for _ in range(4):
+        await node.restart(crash=True)
+        node.activator.judgement = "undecided"
+        await node.updater.start()
+        active.append(node.activator.active)
+    assert active == [b'"v2"', b'"v2"', b'"v2"', b'"v1"']
+    assert node.updater.report.state == "rolled_back"
+
+
+async def test_restarts_in_good_order_are_no_crashes(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v2"'))
+    await node.until("probation")
+    for _ in range(6):
+        await node.restart()
+        node.activator.judgement = "undecided"
+        await node.updater.start()
+        assert node.activator.active == b'"v2"'
+
+
+async def test_a_candidate_that_kills_the_process_while_it_loads_is_given_up(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    node.activator.gate = asyncio.Event()
+    node.updater.offer(envelope)
+    await node.until("preparing")
+    for _ in range(3):
+        node.state.begin_start(node.kind, node.scope, "candidate")
+    files, catalog = node.fetcher.files, node.fetcher.catalog
+    node.updater._worker.cancel()
+    node.activator.gate.set()
+    node.state.begin_start(node.kind, node.scope, "candidate")
+    await node.when(lambda: node.updater._worker.done())
+    for _ in range(4):
+        node.state.begin_start(node.kind, node.scope, "candidate")
+    await node.restart(crash=True)
+    node.fetcher.files, node.fetcher.catalog = files, catalog
+    await node.updater.start()
+    report = await node.until("refused")
+    assert "3 times" in report.error
+    node.updater.offer(envelope)
+    await node.until("rolled_back")
+    assert node.activator.active is None
+
+
+async def test_a_candidate_is_taken_up_again_after_a_restart(node) -> None:
+    await node.updater.start()
+    envelope = node.package(b'"v1"')
+    node.fetcher.gate = asyncio.Event()
+    node.updater.offer(envelope)
+    await node.until("fetching")
+    files = node.fetcher.files
+    await node.restart(crash=True)
+    node.fetcher.files = files
+    await node.updater.start()
+    await node.until("applied")
+    assert node.activator.active == b'"v1"'
+
+
+async def test_a_stored_version_that_does_not_start_leaves_the_previous_one_and_is_repaired(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    first = node.activator.wanted[0]
+    await apply(node, node.package(b'"v2"'))
+    second = node.activator.wanted[0]
+    files = node.fetcher.files
+    node.store.path(second).unlink()
+    await node.restart()
+    plan = {b'"v1"': (first,), b'"v2"': (second,)}
+    node.activator.plan = lambda body, capabilities: plan[body]
+    node.fetcher.down = True
+    await node.updater.start()
+    assert node.activator.active == b'"v1"'
+    assert "are gone" in node.updater.report.error
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.fetcher.down, node.fetcher.files = False, files
+    node.clock.advance(100)
+    await node.until("applied")
+    assert node.activator.active == b'"v2"'
+
+
+async def test_a_full_disk_is_reported_and_tried_again(node, monkeypatch: pytest.MonkeyPatch) -> None:
+    await node.updater.start()
+
+    def full(*args: object) -> None:
+        raise StoreFailed("disk full")
+
+    envelope = node.package(b'"v1"')
+    with monkeypatch.context() as patch:
+        patch.setattr(node.state, "activate", full)
+        patch.setattr(node.state, "accept", full)
+        node.packages._known = None
+        node.updater.offer(envelope)
+        report = await node.until("failed")
+        assert report.error == "store_failed: disk full"
+        await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(100)
+    await node.settle()
+    await node.when(lambda: node.clock.sleepers > 0 or node.updater.report.state == "applied")
+    node.clock.advance(100)
+    await node.until("applied")
+
+
+async def test_every_step_taken_in_these_tests_is_in_the_table(node, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, logger="sync.updater"):
+        await test_a_bad_verdict_rolls_back_and_the_version_is_never_taken_again(node)
+    assert caplog.records == []
+    assert set(STATES) == {state for allowed in STATES.values() for state in allowed} | {"idle"}
+
+
+async def test_needed_names_every_file_of_a_stored_document(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    await apply(node, node.package(b'"v2"'))
+    assert node.updater.needed() == set(node.fetcher.files)
