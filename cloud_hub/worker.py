@@ -23,6 +23,7 @@ from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.router import Router
 from models.serving.server import HttpServer, serve_http
+from sync.activation import Activator
 from sync.errors import InvalidConfig, SyncError
 from sync.identity import Membership, load_config
 from sync.member import join
@@ -49,7 +50,7 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
     here = Local(repository, TIER, threads=config.threads)
     router = Router(here, None, models=repository, book=book)
     capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
-    activators = {"desired": repository, "policy": book}
+    activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
         async with join(config.node, activators=activators, capabilities=capabilities, running=repository.running):
             handler = RestHandler(router, repository, ready=repository.is_settled)

@@ -1,0 +1,233 @@
+"""The hub's commands: run it, and speak to a running one.
+
+Each takes its arguments and returns the exit code: 0 done, 1 refused by the hub or out of reach, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cloud_hub.client import HubClient, HubError, publish_folder
+from models.errors import TierlineError
+from sync.errors import SyncError
+
+DEFAULT_HUB = "http://127.0.0.1:8080"
+MAX_POLICY_FILE = 1024 * 1024
+
+
+def hub(argv: Sequence[str]) -> int:
+    """Run the hub."""
+    parser = argparse.ArgumentParser(prog="tierline hub", description="Run the hub until it is told to stop.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the database, the files and the keys")
+    parser.add_argument("--host", default="127.0.0.1", help="loopback only until nodes can be enrolled")
+    parser.add_argument("--http-port", type=int, default=8080, help="0 = chosen by the system (default 8080)")
+    parser.add_argument("--broker", default="mqtt://127.0.0.1:1883", metavar="URL")
+    parser.add_argument("--broker-password-file", type=Path, metavar="FILE", help="password of the broker user _hub-1")
+    options = parser.parse_args(argv)
+    # Here, not above: the commands that only speak to a hub need no server installed.
+    from cloud_hub.server import HubOptions, running_hub
+    from models.serving.process import configure_logging, run_until_stopped
+
+    configure_logging("hub")
+    settings = HubOptions(
+        data=options.data,
+        host=options.host,
+        port=options.http_port,
+        broker=options.broker,
+        broker_password=options.broker_password_file,
+    )
+    return _reporting("hub", lambda: run_until_stopped(lambda: running_hub(settings)))
+
+
+def publish(argv: Sequence[str]) -> int:
+    """Upload a package folder and publish it."""
+    parser = _parser("publish", "Upload a package folder and publish its version.")
+    parser.add_argument("folder", type=Path, help="manifest.json, golden.npz and the variant files")
+    options = parser.parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        reference, uploaded = publish_folder(client, options.folder)
+        print(f"published {reference} ({uploaded} files uploaded)")
+
+    return _speak("publish", options, run)
+
+
+def packages(argv: Sequence[str]) -> int:
+    """List published versions."""
+    options = _parser("packages", "List published versions.").parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        rows = [
+            (f"{entry['package']}/{entry['version']}", ", ".join(entry["engines"]), _share(entry["accuracy"]))
+            for entry in client.pages("/api/v1/packages")
+        ]
+        _table(("PACKAGE", "VARIANTS", "ACCURACY"), rows)
+
+    return _speak("packages", options, run)
+
+
+def deploy(argv: Sequence[str]) -> int:
+    """Say which nodes serve which packages."""
+    parser = _parser("deploy", "Say which nodes serve which packages under which model names.")
+    parser.add_argument("name", help="of the deployment; an existing one is replaced")
+    parser.add_argument("--tenant", default="*", help="default: every tenant")
+    parser.add_argument("--select", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
+    parser.add_argument("--model", action="append", required=True, type=_pair, metavar="NAME=PACKAGE/VERSION")
+    options = parser.parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        body = {"tenant": options.tenant, "selector": dict(options.select), "models": dict(options.model)}
+        answer = client.send("PUT", f"/api/v1/deployments/{quote(options.name, safe='')}", body)
+        print(f"deployment {answer['name']} decides for {answer['progress']['total']} nodes")
+        _table(("NODE", "STATE", "REASON"), [(n["node"], n["sync"], n["reason"] or "") for n in answer["nodes"]])
+
+    return _speak("deploy", options, run)
+
+
+def nodes(argv: Sequence[str]) -> int:
+    """List nodes, or show one."""
+    parser = _parser("nodes", "List nodes, or show one.")
+    parser.add_argument("id", nargs="?")
+    options = parser.parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        if options.id:
+            _print_node(client.get(f"/api/v1/nodes/{quote(options.id, safe='')}"))
+            return
+        rows = [
+            (n["id"], n["tier"], n["state"] or "never seen", "yes" if n["in_sync"] else "no", _pairs(n["running"]))
+            for n in client.pages("/api/v1/nodes")
+        ]
+        _table(("NODE", "TIER", "STATE", "IN SYNC", "RUNNING"), rows)
+
+    return _speak("nodes", options, run)
+
+
+def node_add(argv: Sequence[str]) -> int:
+    """Register a node and print its token."""
+    parser = _parser("node-add", "Register a node. Its token goes to standard output, and nowhere else.")
+    parser.add_argument("id", help="tenant.node")
+    parser.add_argument("--tier", required=True, choices=("device", "edge", "cloud"))
+    parser.add_argument("--label", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
+    parser.add_argument("--group", action="append", default=[])
+    options = parser.parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        body = {"id": options.id, "tier": options.tier, "labels": dict(options.label), "groups": options.group}
+        print(client.send("POST", "/api/v1/nodes", body)["token"])
+
+    return _speak("node-add", options, run)
+
+
+def policy(argv: Sequence[str]) -> int:
+    """Set a tenant's routing policy."""
+    parser = _parser("policy", "Set a tenant's routing policy.")
+    parser.add_argument("tenant")
+    parser.add_argument("file", type=Path, help="JSON")
+    options = parser.parse_args(argv)
+
+    def run(client: HubClient) -> None:
+        with options.file.open("rb") as file:
+            body = file.read(MAX_POLICY_FILE)
+        answer = client.send("PUT", f"/api/v1/policies/{quote(options.tenant, safe='')}", body)
+        print(f"policy of {answer['tenant']} is revision {answer['revision']}")
+
+    return _speak("policy", options, run)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "hub": ("run the hub: management API, files, documents", hub),
+    "publish": ("upload a package folder and publish its version", publish),
+    "packages": ("list published versions", packages),
+    "deploy": ("say which nodes serve which packages", deploy),
+    "nodes": ("list nodes, or show one", nodes),
+    "node-add": ("register a node and print its token", node_add),
+    "policy": ("set a tenant's routing policy", policy),
+}
+
+
+def main(command: str, argv: Sequence[str]) -> int:
+    """Run one of `COMMANDS`."""
+    return COMMANDS[command][1](argv)
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"tierline {command}", description=description)
+    parser.add_argument("--hub", default=os.environ.get("TIERLINE_HUB", DEFAULT_HUB), metavar="URL")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        default=os.environ.get("TIERLINE_TOKEN_FILE"),
+        help="file holding the admin token; or set TIERLINE_TOKEN_FILE",
+    )
+    return parser
+
+
+def _speak(command: str, options: argparse.Namespace, run: Callable[[HubClient], None]) -> int:
+    if options.token_file is None:
+        print(f"tierline {command}: say --token-file or set TIERLINE_TOKEN_FILE", file=sys.stderr)
+        return 2
+
+    def connected() -> int:
+        token = Path(options.token_file).read_text().strip()
+        with closing(HubClient(options.hub, token)) as client:
+            run(client)
+        return 0
+
+    return _reporting(command, connected)
+
+
+def _reporting(command: str, run: Callable[[], int]) -> int:
+    """One line on standard error instead of a traceback for everything that is not our fault."""
+    try:
+        return run()
+    except HubError as error:
+        print(f"tierline {command}: {error}", file=sys.stderr)
+        return 1
+    except (TierlineError, SyncError, OSError) as error:
+        print(f"tierline {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _print_node(node: dict[str, Any]) -> None:
+    print(f"{node['id']}  tier {node['tier']}  {node['state'] or 'never seen'}  {_pairs(node['labels'])}")
+    rows = [
+        (kind, str(entry["revision"]), str(entry["applied"]), entry["sync"], entry["error"] or "")
+        for kind, entry in node["documents"].items()
+    ]
+    _table(("DOCUMENT", "REVISION", "APPLIED", "STATE", "REASON"), rows)
+    names = sorted({**node["desired"], **node["running"]})
+    _table(
+        ("MODEL", "DESIRED", "RUNNING"), [(n, node["desired"].get(n, ""), node["running"].get(n, "")) for n in names]
+    )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    lines = [heads, *rows]
+    if len(lines) == 1:
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(values.items()))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
