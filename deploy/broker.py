@@ -1,6 +1,6 @@
 """The MQTT broker: mosquitto when it is found, else amqtt on loopback for evaluation. Configuration generated.
 
-The access list comes from `sync.topics`, passwords are stored hashed, and both are reread without a restart when a node is
+Access list and password hashes come from the hub (`/api/v1/broker/access`) and are reread without a restart when a node is
 added. A system service on 1883 is never touched: ours has its own port and folder.
 """
 
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -46,7 +47,7 @@ class Broker:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._passwords: dict[str, str] = {}
+        self.hub_password = secrets.token_urlsafe(32)
         self._process: Process | None = None
         self.port = free_port()
         self.binary = find_mosquitto()
@@ -58,7 +59,8 @@ class Broker:
         return f"mqtt://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Raises DeployError when it does not come up, or when neither broker is installed."""
+        """Raises DeployError when it does not come up, or when neither broker is installed. Only the hub may connect yet."""
+        self.admit(f"{HUB_USER}:{_hash(self.hub_password)}\n", access_list(()))
         command = self._mosquitto() if self.binary else self._amqtt()
         self._process = Process("broker", command, self._folder / "broker.log")
         wait_until(f"{self.kind} accepts connections", self._accepts, 30.0, self._process)
@@ -67,13 +69,15 @@ class Broker:
         if self._process is not None:
             self._process.stop()
 
-    def allow(self, user: str, password: str) -> None:
-        """Let `user` in, with what its id entitles it to. Takes effect at once."""
-        self._passwords[user] = password
-        if self.binary:
-            self._write_access()
-            if self._process is not None:
-                self._process.hang_up()
+    def admit(self, passwords: str, acl: str) -> None:
+        """Let in exactly these users, with what the list entitles them to. Takes effect at once.
+
+        Both texts are what the hub's `/api/v1/broker/access` gives.
+        """
+        _write_private(self._folder / "acl", acl)
+        _write_private(self._folder / "passwords", passwords)
+        if self.binary and self._process is not None:
+            self._process.hang_up()
 
     def _note(self) -> str:
         if not self.binary:
@@ -91,7 +95,6 @@ class Broker:
 
     def _mosquitto(self) -> list[str]:
         assert self.binary is not None
-        self._write_access()
         data = self._folder / "data"
         data.mkdir(exist_ok=True)
         lines = [
@@ -120,12 +123,6 @@ class Broker:
         config = self._folder / "mosquitto.conf"
         config.write_text("\n".join(lines) + "\n")
         return [self.binary, "-c", str(config)]
-
-    def _write_access(self) -> None:
-        nodes = [user for user in self._passwords if user != HUB_USER]
-        _write_private(self._folder / "acl", access_list(nodes))
-        entries = [f"{user}:{_hash(password)}" for user, password in self._passwords.items()]
-        _write_private(self._folder / "passwords", "\n".join(entries) + "\n")
 
     def _amqtt(self) -> list[str]:
         if importlib.util.find_spec("amqtt") is None:

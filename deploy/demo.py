@@ -141,7 +141,7 @@ class Demo:
 
     def _new_policy(self) -> None:
         self._tell.chapter("A new routing policy: devices and edge ask for more certainty before they answer alone")
-        rules = [{"model": digits.MODEL, "tier": tier, "min_confidence": 0.995} for tier in ("device", "edge")]
+        rules = [{"model": digits.MODEL, "tier": tier, "min_confidence": 0.999} for tier in ("device", "edge")]
         began = time.time()
         made = self._cluster.api.call("PUT", f"/api/v1/policies/{TENANT}", {"rules": rules})
         edge = NODES["edge"]

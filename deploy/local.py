@@ -7,7 +7,6 @@ would start, and speaks to the hub over its management API.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ import urllib3
 
 from deploy.broker import Broker
 from deploy.processes import DeployError, Process, announced, tierline, wait_until
-from sync.topics import HUB_USER
 
 TENANT = "demo"
 API_TIMEOUT_SECONDS = 30.0
@@ -66,9 +64,7 @@ class Cluster:
         return self.folder / "hub"
 
     def start_broker(self) -> None:
-        password = secrets.token_urlsafe(32)
-        self.broker.allow(HUB_USER, password)
-        _write_secret(self.folder / "broker-password", password)
+        _write_secret(self.folder / "broker-password", self.broker.hub_password)
         self.broker.start()
 
     def start_hub(self) -> None:
@@ -116,7 +112,8 @@ class Cluster:
             return self._configs[name]
         node_id = f"{TENANT}.{name}"
         made = self.api.call("POST", "/api/v1/nodes", {"id": node_id, "tier": tier, "labels": {}})
-        self.broker.allow(node_id, made["token"])
+        access = self.api.call("GET", "/api/v1/broker/access")
+        self.broker.admit(access["passwords"], access["acl"])
         folder = self.folder / name
         folder.mkdir()
         _write_secret(folder / "token", made["token"])
@@ -159,7 +156,7 @@ class Cluster:
         body = {
             "tenant": TENANT,
             "selector": {"tier": tier},
-            "models": {model: {"package": package, "version": version}},
+            "models": {model: f"{package}/{version}"},
         }
         self.api.call("PUT", f"/api/v1/deployments/{name}", body)
 

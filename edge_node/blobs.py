@@ -28,7 +28,7 @@ class BlobMirror:
     @property
     def routes(self) -> Mapping[str, Handler]:
         """Path prefix -> handler, as `RestHandler` takes them."""
-        return {"/blobs/": self.blob, "/catalog": self.catalog}
+        return {"/blobs": self.blob, "/catalog": self.catalog}
 
     async def blob(self, request: HttpRequest) -> HttpResponse:
         """A file by digest, from here or through here. Raises NotFound for one that is not approved, Unreachable when it

@@ -24,6 +24,7 @@ from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.router import Router
 from models.serving.server import HttpServer, serve_http
+from sync.activation import Activator
 from sync.member import Member, join
 from sync.messages import Capabilities
 
@@ -53,7 +54,7 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
     up = Remote(config.up.url, tier="cloud") if config.up else None
     router = Router(here, up, models=repository, book=book)
     capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
-    activators = {"desired": repository, "policy": book}
+    activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
         async with join(
             config.node, activators=activators, capabilities=capabilities, running=repository.running

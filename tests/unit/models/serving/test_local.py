@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from session_fake import FakeSession, loaded
+
+from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotFound, NotReady, Overloaded
+from models.manifest import Confidence
+from models.serving.local import Local
+from models.serving.predictor import InferRequest
+from models.serving.repository import Repository
+from models.tensor import TensorSpec
+
+ROW = np.ones((1, 2), np.float32)
+
+
+@pytest.fixture
+async def repository() -> AsyncIterator[Repository]:
+    made = Repository(engines=())
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def local(repository: Repository) -> AsyncIterator[Local]:
+    made = Local(repository, "edge", threads=1, max_waiting=2)
+    yield made
+    await made.close()
+
+
+def request(**changes: Any) -> InferRequest:
+    return InferRequest(**{"model": "m", "inputs": {"x": ROW}, **changes})
+
+
+def at_once(local: Local, asked: InferRequest) -> Any:
+    """Step the coroutine once, with no task and no loop involved: it must finish there."""
+    try:
+        local.infer(asked).send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("suspended")
+
+
+# --- in the loop ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_short_run_answers_without_a_suspension(repository: Repository, local: Local) -> None:
+    repository.install({"m": {"1": loaded(FakeSession(3.0), inline=True)}})
+    answer = at_once(local, request(id="7"))
+    assert answer.outputs["y"].tolist() == [[3.0, 3.0]]
+    assert (answer.model, answer.package, answer.version, answer.tier) == ("m", "fake", "1", "edge")
+    assert (answer.reason, answer.degraded, answer.confidence, answer.id) == ("local", False, None, "7")
+    assert set(answer.timings) == {"queue", "compute"}
+
+
+async def test_a_large_request_for_a_fast_model_leaves_the_loop(repository: Repository, local: Local) -> None:
+    session = FakeSession()
+    made = loaded(session, inline=True)
+    made.inline_elements = 4
+    repository.install({"m": {"1": made}})
+    for rows in (2, 3):
+        await local.infer(request(inputs={"x": np.ones((rows, 2), np.float32)}))
+    assert session.threads[0] == "MainThread"
+    assert session.threads[1].startswith("tierline-engine")
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+A, B = TensorSpec("a", "FP32", (-1, 2)), TensorSpec("b", "INT64", (-1,))
+GOOD: Mapping[str, Any] = {"a": ROW, "b": np.ones(1, np.int64)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({}, "input 'a', 'b' is missing"),
+        ({"a": ROW}, "input 'b' is missing"),
+        ({**GOOD, "c": ROW}, "input 'c' is unknown; this model takes a, b"),
+        ({"a": ROW, "c": ROW}, "input 'c' is unknown"),
+        ({**GOOD, "a": ROW.astype(np.float64)}, "input 'a': expected datatype FP32, got FP64"),
+        ({**GOOD, "b": np.ones(1, np.int32)}, "input 'b': expected datatype INT64, got INT32"),
+        ({**GOOD, "a": np.ones((1, 3), np.float32)}, r"input 'a': expected shape \[-1, 2\], got \[1, 3\]"),
+        ({**GOOD, "a": np.ones(2, np.float32)}, r"input 'a': expected shape \[-1, 2\], got \[2\]"),
+        ({**GOOD, "a": np.ones((1, 1, 2), np.float32)}, "input 'a': expected shape"),
+        ({**GOOD, "b": np.array(1, np.int64)}, r"input 'b': expected shape \[-1\], got \[\]"),
+        ({**GOOD, "a": np.ones((0, 2), np.float32)}, r"input 'a': shape \[0, 2\] has no elements"),
+        ({**GOOD, "b": np.ones(3, np.int64)}, "input 'b': has 3 rows, another input has 1"),
+    ],
+)
+async def test_bad_input_is_refused_naming_it_and_never_reaches_the_engine(
+    repository: Repository, local: Local, inputs: dict[str, Any], reason: str
+) -> None:
+    session = FakeSession(inputs=(A, B))
+    repository.install({"m": {"1": loaded(session, inline=True)}})
+    with pytest.raises(InvalidRequest, match=reason):
+        await local.infer(request(inputs=inputs))
+    assert session.asked == []
+    await local.infer(request(inputs=GOOD))
+
+
+async def test_fixed_sizes_are_checked(repository: Repository, local: Local) -> None:
+    session = FakeSession(inputs=(TensorSpec("x", "FP32", (1, 2)),))
+    repository.install({"m": {"1": loaded(session, inline=True)}})
+    await local.infer(request())
+    with pytest.raises(InvalidRequest, match=r"expected shape \[1, 2\], got \[2, 2\]"):
+        await local.infer(request(inputs={"x": np.ones((2, 2), np.float32)}))
+
+
+async def test_an_unknown_output_model_or_version_is_named(repository: Repository, local: Local) -> None:
+    repository.install({"m": {"1": loaded(FakeSession(), inline=True)}})
+    with pytest.raises(InvalidRequest, match="output 'z' is unknown; this model has y"):
+        await local.infer(request(outputs=("y", "z")))
+    with pytest.raises(NotFound, match="model 'q'"):
+        await local.infer(request(model="q"))
+    with pytest.raises(NotFound, match="version '2'"):
+        await local.infer(request(version="2"))
+
+
+# --- outputs and confidence ----------------------------------------------------------------------------------------
+
+SCORES = TensorSpec("scores", "FP32", (-1, 2))
+EXTRA = TensorSpec("extra", "FP32", (-1, 2))
+
+
+@pytest.mark.parametrize("asked", [(), ("extra",), ("scores",), ("extra", "scores"), ("extra", "extra")])
+async def test_confidence_is_known_whatever_outputs_are_asked_for(
+    repository: Repository, local: Local, asked: tuple[str, ...]
+) -> None:
+    session = FakeSession(0.75, outputs=(SCORES, EXTRA))
+    repository.install({"m": {"1": loaded(session, inline=True, confidence=Confidence("scores"))}})
+    answer = await local.infer(request(outputs=asked))
+    assert answer.confidence == 0.75
+    assert set(answer.outputs) == set(asked or ("scores", "extra"))
+
+
+# --- in the pool ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_slow_model_does_not_stall_a_fast_one(repository: Repository, local: Local) -> None:
+    slow = FakeSession()
+    slow.gate.clear()
+    repository.install({"slow": {"1": loaded(slow)}, "m": {"1": loaded(FakeSession(), inline=True)}})
+    waiting = asyncio.create_task(local.infer(request(model="slow")))
+    await asyncio.to_thread(slow.started.acquire, timeout=5)
+    assert at_once(local, request()).version == "1"
+    slow.gate.set()
+    assert (await waiting).outputs["y"].tolist() == [[1.0, 1.0]]
+
+
+async def test_a_deadline_that_has_passed_is_said_before_any_work(repository: Repository, local: Local) -> None:
+    session = FakeSession()
+    repository.install({"m": {"1": loaded(session, inline=True)}})
+    with pytest.raises(DeadlineExceeded, match="had passed"):
+        await local.infer(request(deadline=time.monotonic() - 1))
+    assert session.asked == []
+
+
+async def test_the_wait_ends_at_the_deadline_and_the_session_stays_open_until_the_run_is_over(
+    repository: Repository, local: Local
+) -> None:
+    session = FakeSession()
+    session.gate.clear()
+    repository.install({"m": {"1": loaded(session)}})
+    with pytest.raises(DeadlineExceeded, match="did not answer within"):
+        await local.infer(request(deadline=time.monotonic() + 0.02))
+    repository.install({})
+    assert not session.closed.is_set()
+    session.gate.set()
+    assert await asyncio.to_thread(session.closed.wait, 5)
+    assert not session.closed_while_running
+
+
+async def test_a_queued_run_whose_caller_has_gone_is_never_run(repository: Repository, local: Local) -> None:
+    session = FakeSession()
+    session.gate.clear()
+    repository.install({"m": {"1": loaded(session)}})
+    first = asyncio.create_task(local.infer(request()))
+    await asyncio.to_thread(session.started.acquire, timeout=5)
+    second = asyncio.create_task(local.infer(request()))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    session.gate.set()
+    await first
+    await local.close()
+    assert len(session.asked) == 1
+
+
+async def test_what_cannot_wait_is_refused_at_once_and_room_comes_back(repository: Repository, local: Local) -> None:
+    session = FakeSession()
+    session.gate.clear()
+    repository.install({"m": {"1": loaded(session)}})
+    waiting = [asyncio.create_task(local.infer(request())) for _ in range(2)]
+    await asyncio.to_thread(session.started.acquire, timeout=5)
+    with pytest.raises(Overloaded, match="2 runs are waiting") as refused:
+        await local.infer(request())
+    assert 0 < refused.value.retry_after <= 2
+    session.gate.set()
+    await asyncio.gather(*waiting)
+    assert (await local.infer(request())).version == "1"
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_an_engine_failure_reaches_the_caller_and_the_next_request_is_answered(
+    repository: Repository, local: Local, inline: bool
+) -> None:
+    session = FakeSession()
+    made = loaded(session, inline=inline)
+    repository.install({"m": {"1": made}})
+    session.error = EngineFailure("broken")
+    with pytest.raises(EngineFailure, match="broken"):
+        await local.infer(request())
+    assert (made.failures, made.in_flight) == (1, 0)
+    session.error = None
+    assert (await local.infer(request())).version == "1"
+
+
+async def test_a_stopped_tier_says_so(repository: Repository, local: Local) -> None:
+    repository.install({"m": {"1": loaded(FakeSession())}})
+    await local.close()
+    with pytest.raises(NotReady, match="stopping"):
+        await local.infer(request())
