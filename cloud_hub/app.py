@@ -89,6 +89,8 @@ async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
     """Names the field: `body.selector.tier: ...`."""
     entries: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
     texts = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in entries]
+    if any(tuple(entry["loc"]) == ("body",) for entry in entries):
+        texts.append("the body is JSON, sent with 'Content-Type: application/json'")
     return JSONResponse({"error": "; ".join(texts[:10])[:2000]}, InvalidRequest.http)
 
 

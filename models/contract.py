@@ -111,7 +111,7 @@ class _Renamed:
         from_engine: Mapping[str, TensorSpec],
     ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self.serial = is_serial(session)
+        self.serial = session.serial
         self._session = session
         self._in = {name: spec.name for name, spec in to_engine.items()}
         self._out = {name: spec.name for name, spec in from_engine.items()}
@@ -123,11 +123,6 @@ class _Renamed:
 
     def close(self) -> None:
         self._session.close()
-
-
-def is_serial(session: Session) -> bool:
-    """Whether a run of this session may have to wait for another one: such a wait must not hold the event loop."""
-    return bool(getattr(session, "serial", False))
 
 
 def check_golden(session: Session, manifest: Manifest, golden: Golden, tolerance: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -166,7 +167,8 @@ def choose_variant(variants: Sequence[Variant], engines: Sequence[str]) -> Varia
 
 
 def _max(scores: Array) -> float:
-    return float(scores.max(axis=-1).min())
+    # A single row, the common case, needs one pass.
+    return float(scores.max() if scores.size == scores.shape[-1] else scores.max(axis=-1).min())
 
 
 def _margin(scores: Array) -> float:
@@ -190,4 +192,4 @@ def confidence_of(rule: Confidence | None, outputs: Mapping[str, Array]) -> floa
     if scores is None or scores.size == 0:
         return 0.0
     value = CONFIDENCE[rule.method](scores)
-    return min(max(value, 0.0), 1.0) if np.isfinite(value) else 0.0
+    return min(max(value, 0.0), 1.0) if isfinite(value) else 0.0

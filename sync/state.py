@@ -200,8 +200,12 @@ def _raise_floor(db: sqlite3.Connection, verified: Verified) -> None:
 
 def _put(db: sqlite3.Connection, verified: Verified, slot: str, envelope: bytes) -> None:
     document = verified.document
-    statement = "INSERT OR REPLACE INTO slots (kind, scope, slot, envelope) VALUES (?, ?, ?, ?)"
-    db.execute(statement, (document.kind, document.scope, slot, envelope))
+    # The same envelope again keeps its count of starts: it may be what ends the process each time.
+    db.execute(
+        "INSERT INTO slots (kind, scope, slot, envelope) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET confirmed = 0,"
+        " starts = CASE WHEN envelope = excluded.envelope THEN starts ELSE 0 END, envelope = excluded.envelope",
+        (document.kind, document.scope, slot, envelope),
+    )
 
 
 def _clear(db: sqlite3.Connection, name: tuple[str, str], slot: str) -> None:

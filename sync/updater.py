@@ -41,6 +41,7 @@ STATES: dict[str, tuple[str, ...]] = {
     "rolled_back": ("verifying", "applied", "refused", "rolled_back", "failed"),
 }
 """State of the newest document -> states it may turn to. `failed` is tried again, `refused` and `rolled_back` are not."""
+_UNDER_WAY = ("verifying", "fetching", "preparing", "committing", "probation")
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for the worker, which may be inside an activator."""
@@ -197,6 +198,11 @@ class Updater:
             async with self._point_of_no_return:
                 await self._in_force.judge()
 
+    @property
+    def _busy(self) -> bool:
+        """The report tells of something under way, which an offer that is refused must not hide."""
+        return self._report.state in _UNDER_WAY or (self._report.state == "failed" and self._running is not None)
+
     # --- deciding about an offer --------------------------------------------------------------------------------
 
     def _admit(self, envelope: bytes) -> Offer | None:
@@ -204,10 +210,10 @@ class Updater:
         try:
             offer = Offer(self._verify(envelope), envelope)
         except (Refused, StoreFailed) as error:
-            self._refuse(error, quietly=self._running is not None or self._in_force.on_probation)
+            self._refuse(error, quietly=self._busy)
             return None
         digest, active = offer.verified.digest, self._in_force.current
-        if self._running is not None and digest == self._running.verified.digest:
+        if self._busy and self._running is not None and digest == self._running.verified.digest:
             self._set(self._report.state, self._report.error)
             return None
         if active is not None and digest == active.verified.digest:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-# Test packages have no __init__.py and are not on the path under --import-mode=importlib; the model writer is shared.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from onnx_writer import OnnxWriter
 
 

@@ -22,6 +22,8 @@ Y = TensorSpec("y", "FP32", (-1, 2))
 class FakeSession:
     """`y = value`, shaped like `x`. `gate`: while clear, a run waits. `error`: raised by every run while set."""
 
+    serial = False
+
     def __init__(
         self, value: float = 1.0, inputs: Sequence[TensorSpec] = (X,), outputs: Sequence[TensorSpec] = (Y,)
     ) -> None:

@@ -34,8 +34,13 @@ class EngineOptions(msgspec.Struct, frozen=True):
 
 
 class Session(Protocol):
-    """A loaded variant. `run` may be called from several threads at once."""
+    """A loaded variant. `run` may be called from several threads at once.
 
+    `serial`: runs of this session wait for one another; such a wait must not hold an event loop.
+    """
+
+    @property
+    def serial(self) -> bool: ...
     @property
     def inputs(self) -> Sequence[TensorSpec]: ...
     @property

@@ -12,7 +12,7 @@ import numpy as np
 try:
     from ai_edge_litert.interpreter import Interpreter
 except ImportError:
-    from tflite_runtime.interpreter import Interpreter  # type: ignore[import-not-found]
+    from tflite_runtime.interpreter import Interpreter
 
 from models.engines import EngineOptions
 from models.errors import ContractBreach, EngineFailure, InvalidRequest, NoUsableVariant

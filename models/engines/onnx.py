@@ -60,6 +60,8 @@ class OnnxSession:
     `inputs`, `outputs`: symbolic dimensions are -1. Output arrays belong to the caller.
     """
 
+    serial = False
+
     def __init__(self, session: Any) -> None:
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())

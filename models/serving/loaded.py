@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from models.contract import is_finite, is_serial
+from models.contract import is_finite
 from models.engines import Session
 from models.manifest import Confidence
 from models.tensor import DTYPES, Array, TensorSpec
@@ -81,7 +81,7 @@ class Loaded:
         self.seconds = inf if sample is None else measure(session, sample)
         elements = sum(array.size for array in sample.values()) if sample else 0
         self.inline_elements = int(elements * INLINE_SECONDS / self.seconds) if self.seconds <= INLINE_SECONDS else 0
-        self._serial = is_serial(session)
+        self._serial = session.serial
         self.in_flight = 0
         self.retired = False
         self.on_idle: Callable[[Loaded], None] | None = None

@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -22,9 +23,15 @@ from hub_bench import digest, make_manifest
 
 from cloud_hub.auth import broker_hash
 from cloud_hub.cli import COMMANDS
+from models.desired import decode_desired, plan
 from models.manifest import encode_manifest
+from sync.activation import Probation
 from sync.channel import LinkOptions, Message
+from sync.identity import Membership
 from sync.link import Link
+from sync.member import join
+from sync.messages import Capabilities
+from sync.testing import FakeActivator
 from sync.topics import access_list, node_filters
 from sync.trust import decode_keyring, verify
 
@@ -217,6 +224,61 @@ async def the_node_shows_up(hub: RunningHub, link: Link, capsys: pytest.CaptureF
     assert await asyncio.to_thread(hub.run, "nodes") == 0
     assert await asyncio.to_thread(hub.run, "nodes", NODE) == 0
     assert "digits-cnn/1" in capsys.readouterr().out
+
+
+class Planned(FakeActivator):
+    """Fetches what the document names for an engine called onnx."""
+
+    def plan(self, body: bytes, capabilities: Mapping[str, object]) -> Sequence[str]:
+        return plan(decode_desired(body), ("onnx",))
+
+
+async def test_a_node_fetches_applies_and_reports_until_the_hub_shows_it_in_sync(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running_broker(tmp_path / "broker") as broker, running_hub(tmp_path, broker) as hub:
+        credential = write(tmp_path / "credential", register(hub, broker, capsys))
+        credential.chmod(0o600)
+        membership = Membership(
+            id=NODE,
+            tier="edge",
+            broker=broker.url,
+            sources=(hub.url,),
+            keyring=hub.data / "keyring.json",
+            credential=credential,
+            data=tmp_path / "node",
+        )
+        models, policies = Planned(), FakeActivator()
+        async with join(
+            membership,
+            activators={"desired": models, "policy": policies},
+            capabilities=Capabilities(tier="edge", engines=("onnx",)),
+            running=dict,
+            probation=Probation(seconds=0.1, poll=0.02),
+        ):
+            for version in ("1", "2"):
+                folder = package_folder(tmp_path / version, version)
+                assert await asyncio.to_thread(hub.run, "publish", str(folder)) == 0
+                deploy = ("deploy", "edges", "--model", f"digits=digits-cnn/{version}")
+                assert await asyncio.to_thread(hub.run, *deploy) == 0
+                assert await asyncio.to_thread(hub.run, "policy", "acme", str(policy_file(tmp_path, version))) == 0
+                node = await in_sync(hub)
+                assert node["desired"] == {"digits": f"digits-cnn/{version}"}
+            assert models.prepared[-1][1][digest(b"model 2")] == b"model 2"
+            assert len(models.history) == len(policies.history) == 2
+
+
+def policy_file(folder: Path, description: str) -> Path:
+    return write(folder / "policy.json", json.dumps({"description": description}))
+
+
+async def in_sync(hub: RunningHub) -> dict[str, Any]:
+    async with asyncio.timeout(10):
+        while True:
+            node = (await asyncio.to_thread(hub.request, "GET", f"/api/v1/nodes/{NODE}")).json()
+            if node["in_sync"]:
+                return dict(node)
+            await asyncio.sleep(0.02)
 
 
 async def test_a_broker_that_was_killed_and_forgot_is_told_again(

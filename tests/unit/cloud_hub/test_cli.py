@@ -134,8 +134,9 @@ def test_loopback_is_accepted(host: str) -> None:
     "options", [["--host", "0.0.0.0"], ["--broker", "mqtt://broker.example.org"], ["--broker", "http://127.0.0.1"]]
 )
 def test_a_hub_that_would_reach_beyond_loopback_does_not_start(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("models.serving.process.configure_logging", lambda node: None)  # pytest owns the log here
     assert main("hub", ["--data", str(tmp_path / "hub"), "--http-port", "0", *options]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("tierline hub: ")
     assert not (tmp_path / "hub").exists()

@@ -151,6 +151,10 @@ class Node:
             while not ready():
                 await asyncio.sleep(0)
 
+    async def watched(self) -> None:
+        """Until the version just committed is on probation and the updater waits for time to pass."""
+        await self.when(lambda: self.updater.report.state == "probation" and self.clock.sleepers > 0)
+
     async def settle(self) -> None:
         """Until an offer has been looked at and nothing is left to do about it."""
         await self.when(lambda: not self.updater._offers)

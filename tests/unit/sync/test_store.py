@@ -32,7 +32,9 @@ def test_a_published_blob_is_read_only_and_its_staging_is_gone(tmp_path: Path) -
     assert list(store.digests()) == [name]
 
 
-@pytest.mark.parametrize("bad", ["", "sha256:", "sha256:../x", "sha256:" + "A" * 64, "md5:" + "a" * 64, "sha256:" + "a" * 63])
+@pytest.mark.parametrize(
+    "bad", ["", "sha256:", "sha256:../x", "sha256:" + "A" * 64, "md5:" + "a" * 64, "sha256:" + "a" * 63]
+)
 def test_no_string_but_a_digest_reaches_the_file_system(tmp_path: Path, bad: str) -> None:
     store = BlobStore(tmp_path)
     for method in (store.path, store.has, store.staging):

@@ -206,7 +206,9 @@ async def test_a_newer_document_takes_the_place_of_one_under_way(node) -> None:
     await node.until("fetching")
     second = node.package(b'"v2"')
     node.updater.offer(second)
-    await node.when(lambda: len([item for item in node.fetcher.asked if item != "/catalog"]) == 2 or node.clock.sleepers > 0)
+    await node.when(
+        lambda: len([item for item in node.fetcher.asked if item != "/catalog"]) == 2 or node.clock.sleepers > 0
+    )
     node.clock.advance(1)
     await node.settle()
     node.fetcher.gate.set()
@@ -236,9 +238,8 @@ async def test_a_bad_verdict_rolls_back_and_the_version_is_never_taken_again(nod
     envelope = node.package(b'"v2"')
     node.activator.judgement = "undecided"
     node.updater.offer(envelope)
-    await node.until("probation")
+    await node.watched()
     node.activator.judgement = "bad: one answer in two is an error"
-    await node.when(lambda: node.clock.sleepers > 0)
     node.activator.wanted = ()
     node.clock.advance(1)
     report = await node.until("rolled_back")
@@ -268,13 +269,12 @@ async def test_probation_ends_after_its_time_and_the_verdict_stays_open(node) ->
     await apply(node, node.package(b'"v1"'))
     node.activator.judgement = "undecided"
     node.updater.offer(node.package(b'"v2"'))
-    await node.until("probation")
-    await node.when(lambda: node.clock.sleepers > 0)
+    await node.watched()
     node.clock.advance(31)
     await node.until("applied")
+    await node.when(lambda: node.clock.sleepers > 0)
     node.activator.judgement = "bad: late"
     node.activator.wanted = ()
-    await node.when(lambda: node.clock.sleepers > 0)
     node.clock.advance(1)
     await node.until("rolled_back")
     assert node.activator.active == b'"v1"'
@@ -285,7 +285,7 @@ async def test_the_version_in_force_is_watched_while_the_next_one_cannot_be_fetc
     await apply(node, node.package(b'"v1"'))
     node.activator.judgement = "undecided"
     node.updater.offer(node.package(b'"v2"'))
-    await node.until("probation")
+    await node.watched()
     envelope = node.package(b'"v3"')
     node.fetcher.down = True
     node.updater.offer(envelope)
@@ -303,12 +303,10 @@ async def test_a_version_on_probation_is_not_what_rolling_back_goes_to(node) -> 
     node.activator.judgement = "undecided"
     for body in (b'"v2"', b'"v3"'):
         node.updater.offer(node.package(body))
-        await node.when(lambda body=body: node.activator.active == body or node.clock.sleepers > 1)
-        node.clock.advance(1)
         await node.when(lambda body=body: node.activator.active == body)
+        await node.watched()
     node.activator.judgement = "bad: wrong"
     node.activator.wanted = ()
-    await node.when(lambda: node.clock.sleepers > 0)
     node.clock.advance(1)
     await node.until("rolled_back")
     assert node.activator.active == b'"v1"'
@@ -359,19 +357,13 @@ async def test_restarts_in_good_order_are_no_crashes(node) -> None:
 async def test_a_candidate_that_kills_the_process_while_it_loads_is_given_up(node) -> None:
     await node.updater.start()
     envelope = node.package(b'"v1"')
-    node.activator.gate = asyncio.Event()
+    node.fetcher.gate = asyncio.Event()
     node.updater.offer(envelope)
-    await node.until("preparing")
+    await node.until("fetching")
+    files, catalog = node.fetcher.files, node.fetcher.catalog
+    await node.restart(crash=True)
     for _ in range(3):
         node.state.begin_start(node.kind, node.scope, "candidate")
-    files, catalog = node.fetcher.files, node.fetcher.catalog
-    node.updater._worker.cancel()
-    node.activator.gate.set()
-    node.state.begin_start(node.kind, node.scope, "candidate")
-    await node.when(lambda: node.updater._worker.done())
-    for _ in range(4):
-        node.state.begin_start(node.kind, node.scope, "candidate")
-    await node.restart(crash=True)
     node.fetcher.files, node.fetcher.catalog = files, catalog
     await node.updater.start()
     report = await node.until("refused")

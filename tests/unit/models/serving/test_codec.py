@@ -238,7 +238,7 @@ def test_a_strided_output_is_sent_in_row_major_order() -> None:
 
 @pytest.mark.parametrize("array", [np.ones(1, np.float16), np.array([b"\xff"], np.object_)])
 def test_an_output_without_json_form_is_refused_with_the_way_out(array: Array) -> None:
-    with pytest.raises(InvalidRequest, match="output 'y'.*binary_data"):
+    with pytest.raises(InvalidRequest, match=r"output 'y'.*binary_data"):
         encode_response(answer_of({"y": array}), OutputForm(False), None)
 
 
