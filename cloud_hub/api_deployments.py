@@ -20,7 +20,7 @@ from cloud_hub.api_types import (
 from cloud_hub.documents import node_scope
 from cloud_hub.hub import Hub
 from cloud_hub.records import Issued, Records
-from cloud_hub.rollout import Deployment, NodeProgress, check_deployment, parse_reference, progress
+from cloud_hub.rollout import Deployment, NodeProgress, check_deployment, decided_by, parse_reference, progress
 from models.errors import InvalidRequest, NotFound
 
 router = APIRouter(prefix="/api/v1/deployments", tags=["deployments"])
@@ -99,8 +99,8 @@ def _describe(records: Records, now: float) -> list[DeploymentDetail]:
     standings = {
         member.node.id: member.standing("desired", issued.get(node_scope(member.node.id)), now) for member in members
     }
-    nodes = [member.node for member in members]
-    return [_detail(entry, progress(entry, nodes, deployments, standings)) for entry in deployments]
+    decided = decided_by([member.node for member in members], deployments)
+    return [_detail(entry, progress(decided[entry.name], standings)) for entry in deployments]
 
 
 def _detail(deployment: Deployment, nodes: list[NodeProgress]) -> DeploymentDetail:

@@ -7,6 +7,7 @@ routes that exist.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -29,6 +30,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+log = logging.getLogger(__name__)
+
 
 class Gate:
     """Answers 401 or 403 by itself; otherwise the principal is in `scope["state"]["principal"]`."""
@@ -47,6 +50,10 @@ class Gate:
                 receive = _replay(await _read_body(receive), receive)
         except TierlineError as error:
             await refuse(send, error)
+            return
+        except Exception:
+            log.exception("the gate failed")
+            await refuse(send, TierlineError("internal error"))
             return
         await self._application(scope, receive, send)
 

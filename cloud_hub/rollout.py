@@ -188,20 +188,15 @@ def _in_force(standing: Standing, report: DocumentReport) -> bool:
     return report.applied == standing.wanted and report.digest in ("", standing.digest)
 
 
-def progress(
-    deployment: Deployment,
-    nodes: Iterable[Node],
-    deployments: Sequence[Deployment],
-    standings: Mapping[str, Standing],
-) -> list[NodeProgress]:
-    """How each node stands that runs at least one model by this deployment's decision, by node id.
-
-    `standings`: node id -> what is known of its desired document.
-    """
-    found = []
+def decided_by(nodes: Iterable[Node], deployments: Sequence[Deployment]) -> dict[str, list[str]]:
+    """Deployment name -> ids of the nodes on which it decides at least one model. Raises Conflict for a tie."""
+    found: dict[str, list[str]] = {deployment.name: [] for deployment in deployments}
     for node in nodes:
-        if not any(winner.name == deployment.name for winner in winners(node, deployments).values()):
-            continue
-        sync, reason = sync_of(standings.get(node.id, Standing()))
-        found.append(NodeProgress(node.id, sync, reason))
-    return sorted(found, key=lambda entry: entry.node)
+        for name in {winner.name for winner in winners(node, deployments).values()}:
+            found[name].append(node.id)
+    return found
+
+
+def progress(node_ids: Iterable[str], standings: Mapping[str, Standing]) -> list[NodeProgress]:
+    """How each node stands towards its desired document, by node id. `standings`: node id -> what is known."""
+    return [NodeProgress(node_id, *sync_of(standings.get(node_id, Standing()))) for node_id in sorted(node_ids)]

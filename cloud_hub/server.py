@@ -51,7 +51,7 @@ class HubOptions:
 async def running_hub(options: HubOptions) -> AsyncIterator[str]:
     """Start a hub; yields its URL once it answers, written to `hub.json` too.
 
-    Raises InvalidConfig for a host or broker beyond loopback, OSError when the port is taken or a file cannot be read.
+    The file is gone again when the block ends. Raises InvalidConfig for a host or broker beyond loopback, OSError when the port is taken or a file cannot be read.
     """
     check_loopback("host", options.host)
     check_loopback("broker", address_of(options.broker)[0])
@@ -73,9 +73,18 @@ async def running_hub(options: HubOptions) -> AsyncIterator[str]:
                 _serving(create_app(hub), listener),
             ):
                 url = f"http://{_authority(listener)}"
-                announce(options.data / "hub.json", url=url)
-                _print_start(hub, url)
-                yield url
+                with _announced(options.data / "hub.json", url):
+                    _print_start(hub, url)
+                    yield url
+
+
+@contextmanager
+def _announced(path: Path, url: str) -> Iterator[None]:
+    announce(path, url=url)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_loopback(field: str, host: str) -> None:

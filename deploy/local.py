@@ -86,8 +86,11 @@ class Cluster:
         self._start_node(name, "edge", "edge", self.urls["hub"], ("[up]", f'url = "{self.urls[up]}"'), env)
 
     def start_device(self, name: str = "device-1", edge: str = "edge-1") -> Process:
-        config = self._configure(name, "device", self.urls[edge], top=(f'edge = "{self.urls[edge]}"',))
-        return self._start(name, tierline("device", str(config)), talk=True)
+        return self._start(name, tierline("device", str(self.configure_device(name, edge))), talk=True)
+
+    def configure_device(self, name: str, edge: str = "edge-1") -> Path:
+        """Make a device known and write its configuration; its files come from the edge node."""
+        return self._configure(name, "device", self.urls[edge], top=(f'edge = "{self.urls[edge]}"',))
 
     def _start_node(
         self,

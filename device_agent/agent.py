@@ -135,7 +135,7 @@ class Agent:
             package=answer.package,
             version=answer.version,
             confidence=answer.confidence,
-            reason=answer.reason,
+            reason=str(answer.reason),
             latency_ms=(time.monotonic() - start) * 1e3,
             degraded=answer.degraded,
         )

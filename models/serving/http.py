@@ -206,12 +206,6 @@ class HttpConnection(asyncio.Protocol):
             self._check_partial(len(data))
         self._flush()
 
-    def eof_received(self) -> bool:
-        """The client sends no more. It may still wait for answers."""
-        self._deaf = True
-        self._last_slot_closes()
-        return bool(self._order or self._waiting)
-
     def pause_writing(self) -> None:
         self._writable = False
         self._blocked_since = self._service.seconds

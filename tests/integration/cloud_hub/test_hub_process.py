@@ -110,8 +110,9 @@ class RunningHub:
 
     def stop(self) -> int:
         self.process.terminate()
-        (self.data / "hub.json").unlink()
-        return self.process.wait(15)
+        code = self.process.wait(15)
+        assert not (self.data / "hub.json").exists()
+        return code
 
 
 POOL = urllib3.PoolManager(timeout=10, retries=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 from hub_bench import Bench, eventually
@@ -133,6 +135,13 @@ async def test_of_two_racing_revisions_the_broker_keeps_the_newer(bench: Bench) 
     bench.hub.publisher.send([newer])
     bench.hub.publisher.send([old])
     assert bench.broker.retained[DESIRED] == b"newer"
+
+
+async def test_policies_set_at_the_same_time_each_get_a_revision_and_the_last_one_stays(bench: Bench) -> None:
+    calls = [bench.call("PUT", "/api/v1/policies/acme", 200, json={"description": str(number)}) for number in range(20)]
+    answers = await asyncio.gather(*calls)
+    assert sorted(answer["revision"] for answer in answers) == list(range(1, 21))
+    assert revision_of(bench.broker.retained[POLICY]) == 20
 
 
 async def test_a_node_is_in_sync_when_it_reports_what_is_wanted(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from cloud_hub.rollout import (
     PackageRef,
     Standing,
     Sync,
+    decided_by,
     desired_models,
     matches,
     parse_reference,
@@ -108,10 +109,14 @@ def test_how_a_node_stands_follows_from_what_is_wanted_and_reported(known: Stand
     assert sync_of(known)[0] is expected
 
 
-def test_progress_counts_only_the_nodes_a_deployment_decides_for() -> None:
+def test_a_deployment_counts_only_the_nodes_it_decides_about() -> None:
     wide, narrow = deployment("all", V1, tier="edge"), deployment("one", V2, tier="edge", line="2")
     nodes = [EDGE, Node("acme.edge-2", "edge"), Node("acme.cloud-1", "cloud")]
-    standings = {"acme.edge-1": Standing(3, "d3", report(3, 2, "refused", "rejected: wrong shape"))}
-    (entry,) = progress(narrow, nodes, [wide, narrow], standings)
-    assert (entry.node, entry.sync, entry.reason) == ("acme.edge-1", Sync.REFUSED, "rejected: wrong shape")
-    assert [entry.node for entry in progress(wide, nodes, [wide, narrow], standings)] == ["acme.edge-2"]
+    assert decided_by(nodes, [wide, narrow]) == {"all": ["acme.edge-2"], "one": ["acme.edge-1"]}
+
+
+def test_progress_says_why_a_node_refused_and_that_another_was_never_heard() -> None:
+    refusing = Standing(3, "d3", report(3, 2, "refused", "rejected: wrong shape", "d2"))
+    first, second = progress(["b", "a"], {"a": refusing, "b": Standing(3, "d3")})
+    assert (first.node, first.sync, first.reason) == ("a", Sync.REFUSED, "rejected: wrong shape")
+    assert (second.node, second.sync, second.reason) == ("b", Sync.PENDING, None)

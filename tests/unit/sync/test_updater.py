@@ -69,12 +69,20 @@ async def test_the_same_document_again_is_reported_again_and_nothing_is_done(nod
     assert len(node.activator.prepared) == 1
 
 
+def _elsewhere(node) -> bytes:
+    scope, node.scope = node.scope, "node:acme.edge-2"
+    try:
+        return node.document(b'"x"', revision=9)
+    finally:
+        node.scope = scope
+
+
 BAD = {
     "garbage": lambda node: b"garbage",
     "replay": lambda node: node.document(b'"old"', revision=1),
     "other contents under the revision in force": lambda node: node.document(b'"forged"', revision=2),
     "expired": lambda node: node.document(b'"late"', revision=9, expires=1.0),
-    "another scope": lambda node: _elsewhere(node),
+    "another scope": _elsewhere,
 }
 CODES = {
     "garbage": "malformed",
@@ -83,14 +91,6 @@ CODES = {
     "expired": "expired",
     "another scope": "wrong_scope",
 }
-
-
-def _elsewhere(node) -> bytes:
-    scope, node.scope = node.scope, "node:acme.edge-2"
-    try:
-        return node.document(b'"x"', revision=9)
-    finally:
-        node.scope = scope
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,0 +1,54 @@
+"""A real server process for clients that nobody here wrote. TIERLINE_CONFORMANCE_URL points the tests at another one."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from onnx_writer import ELEMENT_TYPES, identity_model, scale_model, sum_model
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 30
+
+
+def write_models(folder: Path) -> None:
+    """The models a conformance server must serve: identity_<datatype>, sum, and scale in versions 1 (x2) and 2 (x3)."""
+    for datatype in ELEMENT_TYPES:
+        identity_model(folder / f"identity_{datatype}" / "1" / "model.onnx", datatype, ("n", 3))
+    sum_model(folder / "sum" / "1" / "model.onnx")
+    scale_model(folder / "scale" / "1" / "model.onnx", 2.0)
+    scale_model(folder / "scale" / "2" / "model.onnx", 3.0)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of the server."""
+    given = os.environ.get("TIERLINE_CONFORMANCE_URL")
+    if given:
+        yield given.removeprefix("http://")
+        return
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    command = [sys.executable, "-m", "tierline", "serve", str(folder), "--http-port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield _address(process)
+    finally:
+        process.terminate()
+        assert process.wait(START_SECONDS) == 0
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        assert selector.select(START_SECONDS), "the server printed nothing"
+    for line in process.stdout:
+        if line.startswith("serving at http://"):
+            return line.strip().removeprefix("serving at http://")
+    raise AssertionError(f"the server ended with code {process.wait(START_SECONDS)}")

@@ -1,0 +1,159 @@
+"""NVIDIA's `tritonclient` finds in us the Open Inference Protocol server that it expects."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+VALUES: dict[str, Any] = {
+    "BOOL": np.array([[True, False, True]]),
+    "UINT8": np.array([[0, 1, 255]], np.uint8),
+    "UINT16": np.array([[0, 1, 65535]], np.uint16),
+    "UINT32": np.array([[0, 1, 2**32 - 1]], np.uint32),
+    "UINT64": np.array([[0, 1, 2**64 - 1]], np.uint64),
+    "INT8": np.array([[-128, 0, 127]], np.int8),
+    "INT16": np.array([[-(2**15), 0, 2**15 - 1]], np.int16),
+    "INT32": np.array([[-(2**31), 0, 2**31 - 1]], np.int32),
+    "INT64": np.array([[-(2**63), 0, 2**63 - 1]], np.int64),
+    "FP16": np.array([[-1.5, 0, 65504]], np.float16),
+    "FP32": np.array([[-1.1, 0, 3e38]], np.float32),
+    "FP64": np.array([[-1.1, 0, 1e308]], np.float64),
+    "BYTES": np.array([["ä".encode(), b"", b"text"]], np.object_),
+}
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server) as client:
+        yield client
+
+
+def given(name: str, array: Any, datatype: str, *, binary: bool) -> triton.InferInput:
+    tensor = triton.InferInput(name, array.shape, datatype)
+    tensor.set_data_from_numpy(array, binary_data=binary)
+    return tensor
+
+
+def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("scale")
+    assert client.is_model_ready("scale", "1")
+    assert not client.is_model_ready("scale", "9")
+    assert not client.is_model_ready("none")
+    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    metadata = client.get_model_metadata("scale")
+    assert metadata["versions"] == ["1", "2"]
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+    assert metadata["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}]
+
+
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("datatype", VALUES)
+def test_every_datatype_survives_the_round_trip(
+    client: triton.InferenceServerClient, datatype: str, binary_in: bool, binary_out: bool
+) -> None:
+    if datatype == "FP16" and not (binary_in and binary_out):
+        pytest.skip("FP16 has no JSON form in the protocol")
+    sent = VALUES[datatype]
+    inputs = [given("x", sent, datatype, binary=binary_in)]
+    outputs = [triton.InferRequestedOutput("y", binary_data=binary_out)]
+    got = client.infer(f"identity_{datatype}", inputs, outputs=outputs).as_numpy("y")
+    assert got.shape == sent.shape
+    if datatype == "BYTES":
+        assert [item if isinstance(item, bytes) else item.encode() for item in got[0]] == list(sent[0])
+    else:
+        assert got.dtype == sent.dtype
+        assert np.array_equal(got, sent)
+
+
+def test_each_version_is_itself_and_the_highest_is_the_default(client: triton.InferenceServerClient) -> None:
+    ones = given("x", np.ones((1, 4), np.float32), "FP32", binary=True)
+    factors = [client.infer("scale", [ones], model_version=version).as_numpy("y")[0, 0] for version in ("1", "2", "")]
+    assert factors == [2, 3, 3]
+
+
+def test_named_outputs_alone_are_returned_each_in_its_form(client: triton.InferenceServerClient) -> None:
+    a, b = np.full((2, 4), 5, np.float32), np.ones((2, 4), np.float32)
+    inputs = [given("a", a, "FP32", binary=True), given("b", b, "FP32", binary=False)]
+    only = client.infer("sum", inputs, outputs=[triton.InferRequestedOutput("difference")])
+    assert np.array_equal(only.as_numpy("difference"), a - b)
+    assert only.as_numpy("sum") is None
+    both = client.infer("sum", inputs)
+    assert np.array_equal(both.as_numpy("sum"), a + b)
+
+
+def test_the_request_id_comes_back(client: triton.InferenceServerClient) -> None:
+    ones = given("x", np.ones((1, 4), np.float32), "FP32", binary=True)
+    assert client.infer("scale", [ones], request_id="né-7").get_response()["id"] == "né-7"
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "shape", "datatype", "name", "message"),
+    [
+        ("none", "", (1, 4), "FP32", "x", "none"),
+        ("scale", "9", (1, 4), "FP32", "x", "9"),
+        ("scale", "", (1, 5), "FP32", "x", "'x'"),
+        ("scale", "", (4,), "FP32", "x", "'x'"),
+        ("scale", "", (1, 4), "FP64", "x", "'x'"),
+        ("scale", "", (1, 4), "FP32", "z", "'z'"),
+    ],
+)
+def test_a_callers_fault_is_told_by_name(
+    client: triton.InferenceServerClient,
+    model: str,
+    version: str,
+    shape: tuple[int, ...],
+    datatype: str,
+    name: str,
+    message: str,
+) -> None:
+    array = np.ones(shape, np.float64 if datatype == "FP64" else np.float32)
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        client.infer(model, [given(name, array, datatype, binary=True)], model_version=version)
+    assert str(caught.value.status()) in ("400", "404")
+
+
+def test_an_unknown_output_is_a_callers_fault(client: triton.InferenceServerClient) -> None:
+    ones = given("x", np.ones((1, 4), np.float32), "FP32", binary=True)
+    with pytest.raises(InferenceServerException, match="nothing") as caught:
+        client.infer("scale", [ones], outputs=[triton.InferRequestedOutput("nothing")])
+    assert str(caught.value.status()) == "400"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/nothing", b"", 404),
+        ("DELETE", "/v2/models/scale", b"", 405),
+        ("POST", "/v2/models/scale/infer", b"{", 400),
+        ("POST", "/v2/models/scale/infer", b"", 400),
+        ("POST", "/v2/models/scale/infer", b"\xff\xfe", 400),
+    ],
+)
+def test_every_error_body_is_json_with_an_error(server: str, method: str, path: str, body: bytes, status: int) -> None:
+    connection = http.client.HTTPConnection(server, timeout=10)
+    connection.request(method, path, body)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    assert response.status == status
+    assert list(answer) == ["error"]
+
+
+def test_a_body_in_json_needs_no_content_type(server: str) -> None:
+    data = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [[1, 2, 3, 4]]}]}
+    connection = http.client.HTTPConnection(server, timeout=10)
+    connection.request("POST", "/v2/models/scale/versions/1/infer", json.dumps(data).encode())
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    assert answer["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [2.0, 4.0, 6.0, 8.0]}]
+    assert answer["parameters"]["tier"] == "edge"

@@ -1,0 +1,77 @@
+"""Only what a good catalogue lists is approved, and a node keeps the last one it saw."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from sync.errors import Malformed, NotListed, Refused, Unavailable
+from sync.packages import REFRESH_GAP, Packages
+from tests.unit.sync.conftest import RING
+
+A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+
+
+async def test_sizes_come_from_the_catalogue_which_is_asked_for_once(node) -> None:
+    node.list_files({A: 1, B: 2})
+    assert await node.packages.require([A, B]) == {A: 1, B: 2}
+    assert await node.packages.require([B]) == {B: 2}
+    assert node.fetcher.asked == ["/catalog"]
+    assert node.packages.envelope() == node.fetcher.catalog[0]
+
+
+async def test_the_catalogue_survives_a_restart_without_network(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    node.fetcher.down = True
+    again = Packages(node.fetcher, node.state, RING, node.clock)
+    assert await again.require([A]) == {A: 1}
+    with pytest.raises(Unavailable):
+        await again.require([B])
+
+
+async def test_an_unknown_digest_is_not_listed_and_refreshes_are_rate_limited(node) -> None:
+    node.list_files({A: 1})
+    with pytest.raises(NotListed, match="sha256:bbb"):
+        await node.packages.require([B])
+    started = node.clock.monotonic()
+    task = asyncio.create_task(node.packages.require([B]))
+    await node.when(lambda: node.clock.sleepers == 1)
+    assert node.fetcher.asked == ["/catalog"]
+    node.clock.advance(REFRESH_GAP)
+    with pytest.raises(NotListed):
+        await task
+    assert node.clock.monotonic() - started == REFRESH_GAP
+
+
+async def test_an_older_catalogue_is_a_replay(node) -> None:
+    node.list_files({A: 1}, revision=5)
+    await node.packages.require([A])
+    node.clock.advance(REFRESH_GAP)
+    node.list_files({A: 1, B: 2}, revision=4)
+    with pytest.raises(Refused):
+        await node.packages.require([B])
+
+
+async def test_a_forged_or_stale_mirror_is_passed_over_for_a_source_that_lists_the_file(node) -> None:
+    node.list_files({A: 1}, revision=1)
+    stale = node.fetcher.catalog[0]
+    node.list_files({A: 1, B: 2}, revision=2)
+    node.fetcher.catalog = [b"forged", stale, *node.fetcher.catalog]
+    assert await node.packages.require([B]) == {B: 2}
+
+
+async def test_an_expired_catalogue_approves_nothing_new(node) -> None:
+    node.list_files({A: 1}, expires=node.clock.wall() + 1_000)
+    await node.packages.require([A])
+    node.clock.advance(2_000)
+    with pytest.raises(Refused):
+        await node.packages.require([A])
+
+
+@pytest.mark.parametrize("files", [{A: 0}, {A: 1 << 40}, {"nonsense": 1}])
+async def test_a_catalogue_that_makes_no_sense_is_refused(node, files: dict[str, int]) -> None:
+    node.list_files(files)
+    with pytest.raises(Malformed):
+        await node.packages.require([A])
