@@ -6,6 +6,7 @@ Each takes its arguments and returns the exit code: 0 done, 1 refused by the hub
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,8 +33,12 @@ def hub(argv: Sequence[str]) -> int:
     parser.add_argument("--broker-password-file", type=Path, metavar="FILE", help="password of the broker user _hub-1")
     options = parser.parse_args(argv)
     # Here, not above: the commands that only speak to a hub need no server installed.
-    from cloud_hub.server import HubOptions, running_hub
-    from models.serving.process import configure_logging, run_until_stopped
+    try:
+        from cloud_hub.server import HubOptions, running_hub
+        from models.serving.process import configure_logging, run_until_stopped
+    except ModuleNotFoundError as error:
+        print(f"tierline hub needs {error.name!r}: pip install 'tierline[hub]'", file=sys.stderr)
+        return 2
 
     configure_logging("hub")
     settings = HubOptions(
@@ -127,16 +132,20 @@ def node_add(argv: Sequence[str]) -> int:
 
 
 def policy(argv: Sequence[str]) -> int:
-    """Set a tenant's routing policy."""
-    parser = _parser("policy", "Set a tenant's routing policy.")
+    """Set a tenant's routing policy, or show it."""
+    parser = _parser("policy", "Set a tenant's routing policy, or show it.")
     parser.add_argument("tenant")
-    parser.add_argument("file", type=Path, help="JSON")
+    parser.add_argument("file", type=Path, nargs="?", help="JSON; absent = show the policy")
     options = parser.parse_args(argv)
+    path = f"/api/v1/policies/{quote(options.tenant, safe='')}"
 
     def run(client: HubClient) -> None:
+        if options.file is None:
+            print(json.dumps(client.get(path)["policy"], indent=2))
+            return
         with options.file.open("rb") as file:
             body = file.read(MAX_POLICY_FILE)
-        answer = client.send("PUT", f"/api/v1/policies/{quote(options.tenant, safe='')}", body)
+        answer = client.send("PUT", path, body)
         print(f"policy of {answer['tenant']} is revision {answer['revision']}")
 
     return _speak("policy", options, run)
@@ -149,7 +158,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "deploy": ("say which nodes serve which packages", deploy),
     "nodes": ("list nodes, or show one", nodes),
     "node-add": ("register a node and print its token", node_add),
-    "policy": ("set a tenant's routing policy", policy),
+    "policy": ("set a tenant's routing policy, or show it", policy),
 }
 
 

@@ -51,7 +51,8 @@ class HubOptions:
 async def running_hub(options: HubOptions) -> AsyncIterator[str]:
     """Start a hub; yields its URL once it answers, written to `hub.json` too.
 
-    The file is gone again when the block ends. Raises InvalidConfig for a host or broker beyond loopback, OSError when the port is taken or a file cannot be read.
+    The file is gone again when the block ends.
+    Raises InvalidConfig for a host or broker beyond loopback, OSError when the port is taken or a file cannot be read.
     """
     check_loopback("host", options.host)
     check_loopback("broker", address_of(options.broker)[0])

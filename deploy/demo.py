@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ DEADLINE_MS = 50.0
 NODES = {"device": "device-1", "edge": "edge-1", "cloud": "cloud-1"}
 PAUSED_REQUESTS = 200
 ACTIVATE_SECONDS = 60.0
+STRICTER = (0.95, 0.97, 0.98, 0.99, 0.999)
 REFUSED = ("refused", "failed")
 
 
@@ -40,6 +43,8 @@ def demo(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="tierline-demo-"))
     narrator = Narrator()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # whichever way it is ended, it stops what it started
     try:
         with cluster(folder) as running:
             found = Demo(running, narrator).run()
@@ -141,16 +146,24 @@ class Demo:
 
     def _new_policy(self) -> None:
         self._tell.chapter("A new routing policy: devices and edge ask for more certainty before they answer alone")
-        rules = [{"model": digits.MODEL, "tier": tier, "min_confidence": 0.999} for tier in ("device", "edge")]
+        times = [self._publish_policy(threshold) for threshold in STRICTER]
+        self._results.policy_applied_ms = median(times)
+        self._tell.say(
+            f"{self._results.policy_applied_ms:.1f} ms from the API call to applied at the edge, "
+            f"median of {len(times)} ever stricter ones ({min(times):.1f} to {max(times):.1f})"
+        )
+
+    def _publish_policy(self, threshold: float) -> float:
+        """Milliseconds from the API call to the edge's own time stamp of having applied it: one machine, one clock."""
+        edge = NODES["edge"]
+        rules = [{"model": digits.MODEL, "tier": tier, "min_confidence": threshold} for tier in ("device", "edge")]
         began = time.time()
         made = self._cluster.api.call("PUT", f"/api/v1/policies/{TENANT}", {"rules": rules})
-        edge = NODES["edge"]
         wait_until(
             "the edge applied the policy", lambda: self._document(edge, "policy")["applied"] >= made["revision"], 10.0
         )
-        report = self._document(edge, "policy")
-        self._results.policy_applied_ms = (report["at"] - began) * 1e3
-        self._tell.say(f"{self._results.policy_applied_ms:.1f} ms from the API call to applied at the edge")
+        applied: float = self._document(edge, "policy")["at"]
+        return (applied - began) * 1e3
 
     def _pause_cloud(self) -> None:
         self._tell.chapter("The cloud worker freezes (SIGSTOP): every request still gets an answer in time")
@@ -275,6 +288,10 @@ def _report(found: dict[str, Any], narrator: Narrator) -> None:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _wait_for_interrupt() -> None:

@@ -263,6 +263,8 @@ async def test_a_node_fetches_applies_and_reports_until_the_hub_shows_it_in_sync
                 deploy = ("deploy", "edges", "--model", f"digits=digits-cnn/{version}")
                 assert await asyncio.to_thread(hub.run, *deploy) == 0
                 assert await asyncio.to_thread(hub.run, "policy", "acme", str(policy_file(tmp_path, version))) == 0
+                assert await asyncio.to_thread(hub.run, "policy", "acme") == 0
+                assert f'"description": "{version}"' in capsys.readouterr().out
                 node = await in_sync(hub)
                 assert node["desired"] == {"digits": f"digits-cnn/{version}"}
             assert models.prepared[-1][1][digest(b"model 2")] == b"model 2"

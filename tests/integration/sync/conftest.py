@@ -35,7 +35,9 @@ class Mosquitto:
         assert BINARY is not None
         path = self._folder / "mosquitto.conf"
         path.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n")
-        self._process = subprocess.Popen([BINARY, "-c", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [BINARY, "-c", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             with socket.socket() as probe:

@@ -60,22 +60,24 @@ async def test_only_the_newest_retained_value_is_sent_by_a_link_that_was_offline
             assert message == Message("level", b"3", message.retain)
 
 
-async def test_after_a_broker_that_forgot_everything_subscriptions_and_unsent_messages_are_back(broker: Mosquitto) -> None:
-    async with Link(options(broker.url, "a")) as a, Link(options(broker.url, "b")) as b:
+async def test_after_a_broker_that_forgot_everything_subscriptions_and_unsent_messages_are_back(
+    broker: Mosquitto,
+) -> None:
+    async with Link(options(broker.url, "a")) as a:
         a.subscribe("x/#")
         births: list[bool] = []
-        b.on_connect(lambda: births.append(True))
-        await when(lambda: a.connected and b.connected)
+        a.on_connect(lambda: births.append(True))
+        await when(lambda: a.connected)
         broker.stop(kill=True)
-        await when(lambda: not a.connected and not b.connected)
-        b.publish("x/fleeting", b"lost", qos=0)
-        b.publish("x/state", b"kept", retain=True)
-        b.publish("x/event", b"kept too")
+        await when(lambda: not a.connected)
+        a.publish("x/fleeting", b"lost", qos=0)
+        a.publish("x/state", b"kept", retain=True)
+        a.publish("x/event", b"kept too")
         broker.start()
         got = {message.topic: message.payload for message in await take(a.messages(), 2)}
         assert got == {"x/state": b"kept", "x/event": b"kept too"}
         assert len(births) == 2
-        assert b.dropped == 1
+        assert a.dropped == 1
 
 
 async def test_a_link_that_vanishes_is_reported_by_its_will_and_one_that_leaves_is_not(broker: Mosquitto) -> None:
@@ -100,7 +102,9 @@ async def test_small_packets_are_sent_at_once(broker: Mosquitto) -> None:
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0  # type: ignore[union-attr]
 
 
-async def test_an_exception_in_a_callback_does_not_end_the_link(broker: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_exception_in_a_callback_does_not_end_the_link(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Link(options(broker.url, "a")) as a, Link(options(broker.url, "b")) as b:
         a.subscribe("x")
         a.on_connect(lambda: 1 / 0)
@@ -120,6 +124,7 @@ async def test_an_exception_in_a_callback_does_not_end_the_link(broker: Mosquitt
         assert (message.payload, len(failures)) == (b"2", 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_network_thread_that_dies_is_replaced(broker: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Link(options(broker.url, "a")) as a:
         await when(lambda: a.connected)
