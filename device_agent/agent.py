@@ -126,7 +126,7 @@ class Agent:
             version=version,
             outputs=tuple(outputs),
             deadline=None if deadline_ms is None else start + _positive("deadline_ms", deadline_ms) / 1e3,
-            min_confidence=min_confidence,
+            min_confidence=_share("min_confidence", min_confidence),
         )
         answer = await self._predictor.infer(request)
         return Answer(
@@ -195,4 +195,10 @@ def _converted(name: str, array: Array, wanted: np.dtype[Any]) -> Array:
 def _positive(field: str, value: float) -> float:
     if not value > 0:
         raise InvalidRequest(f"{field}: {value} is not a positive number of milliseconds")
+    return value
+
+
+def _share(field: str, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1:
+        raise InvalidRequest(f"{field}: {value} is not between 0 and 1")
     return value

@@ -90,6 +90,8 @@ class BlockingAgent:
         loop, self._loop = self._loop, None
         if loop is None or self._thread is None:
             return
+        # Loading ran in the loop's own threads: they end here too.
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result(STOP_SECONDS)
         loop.call_soon_threadsafe(loop.stop)
         self._thread.join(STOP_SECONDS)
         if not self._thread.is_alive():

@@ -184,7 +184,7 @@ class OldBroker:
 @pytest.mark.parametrize("polite", [True, False])
 async def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(polite: bool) -> None:
     old = OldBroker(polite=polite)
-    async with await asyncio.start_server(old.serve, "127.0.0.1", old.port):
-        async with Link(options(f"mqtt://127.0.0.1:{old.port}", "a")) as a:
-            await when(lambda: a.connected)
-            assert old.levels == [5, 4]
+    server = await asyncio.start_server(old.serve, "127.0.0.1", old.port)
+    async with server, Link(options(f"mqtt://127.0.0.1:{old.port}", "a")) as a:
+        await when(lambda: a.connected)
+        assert old.levels == [5, 4]

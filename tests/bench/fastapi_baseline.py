@@ -1,0 +1,47 @@
+"""What one would write without Tierline: FastAPI, pydantic, onnxruntime. Usage: fastapi_baseline.py MODEL PORT."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import onnxruntime
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+app = FastAPI()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+
+
+class Tensor(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float]
+
+
+class Inference(BaseModel):
+    inputs: list[Tensor]
+
+
+class Answer(BaseModel):
+    model_name: str
+    outputs: list[Tensor]
+
+
+@app.post("/v2/models/mlp/infer")
+async def infer(request: Inference) -> Answer:
+    feed = {tensor.name: np.array(tensor.data, np.float32).reshape(tensor.shape) for tensor in request.inputs}
+    (y,) = session.run(["y"], feed)
+    output = Tensor(name="y", datatype="FP32", shape=list(y.shape), data=y.ravel().tolist())
+    return Answer(model_name="mlp", outputs=[output])
+
+
+if __name__ == "__main__":
+    port = int(sys.argv[2])
+    uvicorn.run(
+        app, host="127.0.0.1", port=port, http="httptools", loop="uvloop", access_log=False, log_level="warning"
+    )

@@ -1,0 +1,285 @@
+"""Files over real sockets from sources that break, lie, drip and redirect."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sync.download import Download, Limits
+from sync.errors import DigestMismatch, Malformed, StoreFailed, Unavailable
+from sync.fetch import Fetcher, Source
+from sync.store import BlobStore
+
+DATA = bytes(range(256)) * 4_000
+DIGEST = f"sha256:{sha256(DATA).hexdigest()}"
+LIMITS = Limits(connect_seconds=1, read_seconds=0.5, budget_seconds=0.5, slowest_rate=10_000_000)
+
+
+class Server:
+    """`behaviour` is the name of a method of the handler below; `requests` are (path, Range) pairs."""
+
+    def __init__(self) -> None:
+        self.behaviour = "honest"
+        self.requests: list[tuple[str, str | None]] = []
+        self.headers: list[dict[str, str]] = []
+        self.data = DATA
+        self.elsewhere = ""
+        self.stopped = threading.Event()
+        outer = self
+
+        class Handler(_Handler):
+            server_state = outer
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.stopped.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: Server
+
+    def do_GET(self) -> None:
+        state = self.server_state
+        state.requests.append((self.path, self.headers.get("Range")))
+        state.headers.append(dict(self.headers))
+        try:
+            getattr(self, state.behaviour)()
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def log_message(self, *args: Any) -> None:
+        """Silent."""
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def honest(self) -> None:
+        data, asked = self.server_state.data, self.headers.get("Range")
+        if asked is None:
+            self.head(200, Content_Length=len(data))
+            self.wfile.write(data)
+        else:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            self.head(206, Content_Length=len(data) - start, Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.wfile.write(data[start:])
+
+    def cut(self) -> None:
+        """Delivers half and closes; honest from the next request on."""
+        self.server_state.behaviour = "honest"
+        self.head(200, Content_Length=len(DATA))
+        self.wfile.write(DATA[: len(DATA) // 2])
+
+    def rangeless(self) -> None:
+        self.head(200, Content_Length=len(DATA))
+        self.wfile.write(DATA)
+
+    def shifted(self) -> None:
+        self.head(206, Content_Length=len(DATA), Content_Range=f"bytes 0-{len(DATA) - 1}/{len(DATA)}")
+        self.wfile.write(DATA)
+
+    def unsatisfiable(self) -> None:
+        if self.headers.get("Range") is not None:
+            self.head(416, Content_Length=0)
+        else:
+            self.honest()
+
+    def longer(self) -> None:
+        self.head(200, Content_Length=len(DATA) + 1)
+        self.wfile.write(DATA + b"x")
+
+    def endless(self) -> None:
+        self.head(200)
+        while not self.server_state.stopped.is_set():
+            self.wfile.write(b"x" * 65536)
+
+    def drip(self) -> None:
+        self.head(200, Content_Length=len(DATA))
+        for byte in DATA:
+            if self.server_state.stopped.wait(0.05):
+                return
+            self.wfile.write(bytes([byte]))
+
+    def silent(self) -> None:
+        self.head(200, Content_Length=len(DATA))
+        self.server_state.stopped.wait(10)
+
+    def wrong(self) -> None:
+        self.head(200, Content_Length=len(DATA))
+        self.wfile.write(b"\0" * len(DATA))
+
+    def redirect(self) -> None:
+        self.head(302, Location=self.server_state.elsewhere, Content_Length=0)
+
+    def missing(self) -> None:
+        self.head(404, Content_Length=0)
+
+    def garbage(self) -> None:
+        self.wfile.write(b"\0\1\2 this is not HTTP\r\n\r\n")
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    started = [Server(), Server()]
+    yield started
+    for server in started:
+        server.close()
+
+
+class Quick:
+    """The real clock, without the pauses between rounds."""
+
+    def wall(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path)
+
+
+def fetcher(store: BlobStore, *servers: Server, limits: Limits = LIMITS) -> Fetcher:
+    return Fetcher([Source(server.url, "secret") for server in servers], store, clock=Quick(), limits=limits)
+
+
+async def test_a_file_arrives_whole_with_the_credential_shown(store: BlobStore, servers: list[Server]) -> None:
+    path = await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert path.read_bytes() == DATA
+    assert servers[0].requests == [(f"/blobs/{DIGEST}", None)]
+    assert servers[0].headers[0]["Authorization"] == "Bearer secret"
+
+
+async def test_a_broken_transfer_is_resumed_where_it_broke(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].behaviour = "cut"
+    await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert servers[0].requests[1][1] == f"bytes={len(DATA) // 2}-"
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+async def test_a_part_left_by_an_earlier_process_is_continued(store: BlobStore, servers: list[Server]) -> None:
+    store.staging(DIGEST).write_bytes(DATA[:1000])
+    await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert servers[0].requests == [(f"/blobs/{DIGEST}", "bytes=1000-")]
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("part", [DATA[:1000], b"\0" * 1000, DATA, b"\0" * len(DATA), DATA + b"more", b""])
+@pytest.mark.parametrize("behaviour", ["honest", "rangeless", "unsatisfiable"])
+async def test_whatever_was_left_behind_the_right_file_comes_out(
+    store: BlobStore, servers: list[Server], behaviour: str, part: bytes
+) -> None:
+    servers[0].behaviour = behaviour
+    store.staging(DIGEST).write_bytes(part)
+    await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("behaviour", ["wrong", "longer", "endless"])
+async def test_other_bytes_are_a_mismatch_and_nothing_of_them_stays(
+    store: BlobStore, servers: list[Server], behaviour: str
+) -> None:
+    servers[0].behaviour = behaviour
+    with pytest.raises(DigestMismatch):
+        await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert not store.has(DIGEST)
+    assert not store.staging(DIGEST).exists()
+    assert len(servers[0].requests) == 1
+
+
+@pytest.mark.parametrize("behaviour", ["drip", "silent", "redirect", "missing", "garbage"])
+async def test_a_source_that_does_not_deliver_is_unavailable_within_the_budget(
+    store: BlobStore, servers: list[Server], behaviour: str
+) -> None:
+    servers[0].behaviour, servers[0].elsewhere = behaviour, servers[1].url
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    assert time.monotonic() - began < 6
+    assert servers[1].requests == []
+    assert not store.has(DIGEST)
+
+
+@pytest.mark.parametrize("behaviour", ["wrong", "missing", "cut", "garbage", "shifted"])
+async def test_the_next_source_is_asked_when_the_nearest_fails(
+    store: BlobStore, servers: list[Server], behaviour: str
+) -> None:
+    servers[0].behaviour = behaviour
+    await fetcher(store, *servers).fetch(DIGEST, len(DATA))
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+async def test_concurrent_calls_share_one_transfer(store: BlobStore, servers: list[Server]) -> None:
+    both = fetcher(store, servers[0])
+    await asyncio.gather(*(both.fetch(DIGEST, len(DATA)) for _ in range(5)))
+    assert len(servers[0].requests) == 1
+
+
+async def test_cancelling_stops_the_transfer_at_once(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].behaviour = "silent"
+    one = fetcher(store, servers[0], limits=Limits())
+    task = asyncio.create_task(one.fetch(DIGEST, len(DATA)))
+    while not servers[0].requests:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    servers[0].behaviour = "honest"
+    await one.fetch(DIGEST, len(DATA))
+    assert time.monotonic() - began < 1
+
+
+async def test_an_update_uses_no_more_of_the_network_than_it_may(store: BlobStore, servers: list[Server]) -> None:
+    limits = Limits(fastest_rate=4_000_000)
+    began = time.monotonic()
+    await fetcher(store, servers[0], limits=limits).fetch(DIGEST, len(DATA))
+    assert time.monotonic() - began >= len(DATA) / 4_000_000 * 0.9
+
+
+async def test_a_disk_that_refuses_is_not_blamed_on_the_source(store: BlobStore, servers: list[Server]) -> None:
+    store.staging(DIGEST).mkdir()
+    with pytest.raises(StoreFailed):
+        await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+
+
+async def test_documents_come_from_the_first_source_that_is_enough(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].data, servers[1].data = b"old", b"new"
+    both = fetcher(store, *servers)
+    assert await both.document("/catalog") == b"old"
+    assert await both.document("/catalog", enough=lambda data: data == b"new") == b"new"
+    assert await both.document("/catalog", enough=lambda data: False) == b"new"
+    servers[0].behaviour = "missing"
+    assert await both.document("/catalog") == b"new"
+    servers[1].behaviour = "silent"
+    with pytest.raises(Unavailable):
+        await both.document("/catalog")
+
+
+async def test_a_document_without_end_is_cut_off(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].behaviour = "endless"
+    with pytest.raises(Malformed):
+        await asyncio.to_thread(Download(servers[0].url, None, LIMITS).read, 100_000)
