@@ -41,7 +41,7 @@ def decode_desired(body: bytes) -> Desired:
     """Decode a desired document's body. Raises InvalidManifest naming the field."""
     try:
         desired = msgspec.json.decode(body, type=Desired)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidManifest(f"desired: {error}") from error
     if len(desired.models) > MAX_MODELS:
         raise InvalidManifest(f"models: {len(desired.models)} given, at most {MAX_MODELS} are accepted")

@@ -67,7 +67,12 @@ class UnsupportedEncoding(CallerError):
 
 
 class TryAgain(TierlineError):
-    """The request was good; this node could not answer it now."""
+    """The request was good; this node could not answer it now.
+
+    `transient`: what whoever activates a package or policy reads to tell this from a refusal.
+    """
+
+    transient = True
 
     http = 503
     grpc = "UNAVAILABLE"

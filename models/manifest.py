@@ -89,7 +89,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise InvalidManifest(f"manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are accepted")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidManifest(f"manifest: {error}") from error
     check_manifest(manifest)
     return manifest

@@ -102,7 +102,7 @@ def decode_policy(body: bytes) -> Policy:
         raise InvalidPolicy(f"policy has {len(body)} bytes, at most {MAX_POLICY_BYTES} are accepted")
     try:
         policy = msgspec.json.decode(body, type=Policy)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidPolicy(f"policy: {error}") from error
     if len(policy.rules) > MAX_RULES:
         raise InvalidPolicy(f"rules: {len(policy.rules)} given, at most {MAX_RULES} are accepted")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sync.clock import Clock
-from sync.errors import Rejected, StoreFailed
+from sync.errors import Rejected, StoreFailed, Unavailable
 from sync.messages import Document
 from sync.state import StateStore
 from sync.store import BlobStore
@@ -18,6 +18,8 @@ from sync.trust import Verified, unseal
 
 MAX_STARTS = 3
 """Starts of one version that may end in the death of the process before it is given up."""
+MAX_UNLUCKY = 5
+"""Preparations in a row that may fail for a reason that passes (no memory, no time) before it counts as the version's own."""
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,10 @@ class Activator(Protocol):
         ...
 
     async def prepare(self, body: bytes, blobs: Mapping[str, Path]) -> object:
-        """Load and check beside what is running. `blobs`: digest -> read-only file, exactly the planned ones."""
+        """Load and check beside what is running. `blobs`: digest -> read-only file, exactly the planned ones.
+
+        An error refuses the document, unless it has a true attribute `transient`: then it is tried again.
+        """
         ...
 
     async def commit(self, token: object) -> None:
@@ -103,6 +108,7 @@ class InForce:
         self._probation = probation
         self._tell = tell
         self._committed_at = 0.0
+        self._unlucky = 0
 
     def plan(self, offer: Offer) -> Sequence[str]:
         """The digests this node needs. Raises Rejected."""
@@ -132,9 +138,19 @@ class InForce:
             raise Rejected(reason)
         try:
             return await self.prepare(offer, blobs)
+        except Rejected as error:
+            await self._end_start("candidate", confirmed=False)
+            if self._may_pass(error):
+                raise Unavailable(str(error)) from error
+            raise
         except BaseException:
             await asyncio.shield(self._end_start("candidate", confirmed=False))
             raise
+
+    def _may_pass(self, error: Rejected) -> bool:
+        self._unlucky = self._unlucky + 1 if getattr(error.__cause__, "transient", False) else 0
+        self._unlucky %= MAX_UNLUCKY
+        return self._unlucky > 0
 
     async def discard(self, token: object) -> None:
         await self._activator.discard(token)

@@ -119,7 +119,10 @@ class ControlPlane:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._say(self._reported(), "reported")
+            try:
+                self._say(self._reported(), "reported")
+            except Exception:
+                log.exception("the report could not be made")
             await self._clock.sleep(REPORT_GAP)
 
     def _reported(self) -> Reported:

@@ -82,7 +82,8 @@ class Link:
     ) -> None:
         if self._connected:
             try:
-                await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self._drained.wait()
             except TimeoutError:
                 log.warning("link to %s closes with %d messages unsent", self._options.url, self.pending)
         if self._task is not None:
@@ -166,7 +167,9 @@ class Link:
         """Until the connection's thread has ended. True when it was up in between."""
         connection.start()
         try:
-            await asyncio.wait_for(connection.decided.wait(), CONNACK_SECONDS)
+            # Not wait_for: before Python 3.12 it may swallow a cancellation that comes together with the event.
+            async with asyncio.timeout(CONNACK_SECONDS):
+                await connection.decided.wait()
         except TimeoutError:
             connection.why = "no answer from the broker"
             return False
@@ -313,7 +316,8 @@ class _Connection:
         self._closing = True
         self._client.disconnect()
         try:
-            await asyncio.wait_for(self.ended.wait(), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.ended.wait()
         except TimeoutError:
             log.warning("paho's network thread did not end within %g s", CLOSE_SECONDS)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
 
 from sync.activation import Activator, Probation
 from sync.channel import LinkLike, LinkOptions
 from sync.clock import Clock, SystemClock
 from sync.control import DESIRED, POLICY, ControlPlane, lost, new_boot_id
 from sync.download import Limits
-from sync.errors import InvalidConfig
+from sync.errors import InvalidConfig, StoreFailed
 from sync.fetch import Fetcher, Source
 from sync.identity import Membership
 from sync.messages import Capabilities, DocumentReport
@@ -62,8 +65,9 @@ async def join(
     """
     clock = clock or SystemClock()
     keyring, token = membership.pinned(), membership.token()
-    state = StateStore(membership.data / "state.db")
     async with AsyncExitStack() as stack:
+        stack.callback(_locked(membership.data).close)
+        state = StateStore(membership.data / "state.db")
         stack.callback(state.close)
         store = BlobStore(membership.data)
         fetcher = Fetcher([Source(url, token) for url in membership.sources], store, clock=clock, limits=limits)
@@ -122,6 +126,21 @@ def scope_of(kind: str, membership: Membership) -> str:
     if kind == POLICY:
         return f"tenant:{membership.tenant}"
     raise InvalidConfig(f"no document of kind {kind!r} is ever sent to a node")
+
+
+def _locked(data: Path) -> TextIO:
+    """Two processes on one folder would write into each other's downloads. The kernel ends the lock with the process."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        file = (data / "lock").open("w")
+    except OSError as error:
+        raise StoreFailed(f"could not lock {data}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InvalidConfig(f"node.data: {data} is in use by another process") from error
+    return file
 
 
 def _open_link(membership: Membership, token: str, boot: str) -> AbstractAsyncContextManager[LinkLike]:

@@ -117,7 +117,7 @@ def decode(data: bytes, into: type[T], limit: int = MAX_MESSAGE_BYTES) -> T:
         raise Malformed(f"{into.__name__}: {len(data)} bytes, at most {limit} are accepted")
     try:
         return msgspec.json.decode(data, type=into)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"{into.__name__}: {error}") from error
 
 

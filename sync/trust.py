@@ -109,7 +109,7 @@ def encode_keyring(keyring: Keyring) -> bytes:
 
 def decode_keyring(data: bytes) -> Keyring:
     """Read a keyring file. Raises Malformed naming the field."""
-    keyring = _decode(data, Keyring, MAX_KEYRING_BYTES)
+    keyring = decode(data, Keyring, MAX_KEYRING_BYTES)
     if not 1 <= len(keyring.keys) <= MAX_KEYS:
         raise Malformed(f"keys: {len(keyring.keys)} given, 1 to {MAX_KEYS} are accepted")
     if len({key.kid for key in keyring.keys}) != len(keyring.keys):
@@ -143,7 +143,7 @@ def verify(
     replay too. `now`: Unix seconds. `limit`: bytes of the envelope.
     Raises Malformed, BadSignature, WrongScope, Expired or Replayed, in this order of checking.
     """
-    sealed = _decode(envelope, Envelope, limit)
+    sealed = decode(envelope, Envelope, limit)
     _check_signatures(sealed, keyring, kind)
     verified = _open(sealed)
     document = verified.document
@@ -169,19 +169,11 @@ def unseal(envelope: bytes, limit: int = MAX_MESSAGE_BYTES) -> Verified:
 
     Why none: what is in force must start again offline, after its expiry and after its key was retired. Raises Malformed.
     """
-    return _open(_decode(envelope, Envelope, limit))
-
-
-def _decode(data: bytes, into: type[T], limit: int) -> T:
-    try:
-        return decode(data, into, limit)
-    except UnicodeDecodeError as error:
-        # msgspec lets this one through for strings that are not UTF-8.
-        raise Malformed(f"{into.__name__}: not UTF-8") from error
+    return _open(decode(envelope, Envelope, limit))
 
 
 def _open(sealed: Envelope) -> Verified:
-    document = _decode(sealed.payload, Document, len(sealed.payload))
+    document = decode(sealed.payload, Document, len(sealed.payload))
     if not 1 <= document.revision <= MAX_REVISION:
         raise Malformed(f"revision: {document.revision} is not between 1 and 2**53")
     for digest in document.digests:

@@ -48,6 +48,8 @@ CLOSE_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 """Pause before a failed update is tried again; doubled each time, jittered, without end: the document stays wanted."""
 MAX_RETRY_SECONDS = 60.0
+MAX_ERROR_TEXT = 1_000
+"""Characters of a reason that travel in a report: an engine's message may quote a whole model."""
 MAX_OFFERS = 8
 """Offers that may wait to be verified; more arrive only from a broken or hostile sender, and the oldest go first."""
 
@@ -340,7 +342,7 @@ class Updater:
             applied=0 if active is None else active.document.revision,
             state=state,
             digest="" if active is None else active.verified.digest,
-            error=error,
+            error=None if error is None else error[:MAX_ERROR_TEXT],
             at=old.at if state == old.state else self._clock.wall(),
         )
         self._on_report(self.kind, self._report)

@@ -124,7 +124,8 @@ class Repository:
     async def prepare(self, body: bytes, blobs: Mapping[str, Path]) -> object:
         """Probe, load and warm what `body` asks for; versions that are served already keep their sessions.
 
-        Raises PackageError naming the model; then nothing stays loaded and nothing served has changed.
+        Raises PackageError naming the model, or NotReady when it may work later; then nothing stays loaded and nothing
+        served has changed.
         """
         desired = decode_desired(body)
         known = {loaded.identity: loaded for entry in self._table.values() for loaded in entry.versions.values()}
@@ -236,7 +237,8 @@ class Repository:
             verdict = await probe(request)
             self._verdicts.put(manifest, variant, verdict)
         if not verdict.ok:
-            raise ContractBreach(verdict.reason)
+            # What only this moment is to blame for must not condemn the file.
+            raise (ContractBreach if verdict.final else NotReady)(verdict.reason)
 
     def _open(self, identity: Identity, manifest: Manifest, variant: Variant, path: Path, golden_path: Path) -> Loaded:
         """In a thread: load the file, warm it on the golden inputs, measure it."""

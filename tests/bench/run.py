@@ -26,10 +26,11 @@ import numpy as np
 import onnxruntime
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
+# The model writer is shared with the tests, which are no package.
+sys.path.append(str(ROOT / "tests"))
 
-from measure import Load, cpu_per_request, latencies, pss_megabytes
-from onnx_writer import mlp_model
+from measure import Load, cpu_per_request, latencies, pss_megabytes  # noqa: E402
+from onnx_writer import mlp_model  # noqa: E402
 
 ROUNDS = 3
 CONNECTIONS = 32

@@ -177,6 +177,28 @@ async def test_files_that_no_stored_document_names_are_swept_at_the_start(site: 
         assert not stray.exists()
 
 
+async def test_a_folder_belongs_to_one_process_at_a_time(site: Site) -> None:
+    async with site.joined():
+        with pytest.raises(InvalidConfig, match="in use"):
+            async with site.joined():
+                pass
+    async with site.joined():
+        pass
+
+
+async def test_a_mistake_in_what_is_running_does_not_end_the_reports(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with site.joined() as (member, _):
+        await site.born()
+        with monkeypatch.context() as patch:
+            patch.setattr(member.control, "_running", lambda: 1 / 0)
+            site.broker.publish(POLICY, site.policy(b'"p1"', 1), retain=True)
+            await site.when(lambda: site.activators["policy"].active == b'"p1"')
+        site.broker.publish(POLICY, site.policy(b'"p2"', 2), retain=True)
+        await site.when(lambda: site.reported().documents["policy"].applied == 2)
+
+
 async def test_a_kind_that_is_never_sent_is_a_configuration_error(site: Site) -> None:
     site.activators["weather"] = FakeActivator()
     with pytest.raises(InvalidConfig, match="weather"):

@@ -75,3 +75,29 @@ async def test_a_catalogue_that_makes_no_sense_is_refused(node, files: dict[str,
     node.list_files(files)
     with pytest.raises(Malformed):
         await node.packages.require([A])
+
+
+async def test_a_mirror_passes_on_a_fresh_catalogue_and_the_last_good_one_without_network(node) -> None:
+    with pytest.raises(Unavailable):
+        await node.packages.current()
+    node.clock.advance(REFRESH_GAP)
+    node.list_files({A: 1}, revision=1)
+    first = node.fetcher.catalog[0]
+    assert await node.packages.current() == first
+    node.clock.advance(REFRESH_GAP)
+    node.list_files({A: 1, B: 2}, revision=2)
+    assert await node.packages.current() == node.fetcher.catalog[0] != first
+    node.clock.advance(REFRESH_GAP)
+    node.fetcher.down = True
+    assert await node.packages.current() == node.fetcher.catalog[0]
+
+
+async def test_waiting_devices_share_one_refresh(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.current()
+    node.clock.advance(REFRESH_GAP / 10)
+    waiting = [asyncio.create_task(node.packages.current()) for _ in range(10)]
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.clock.advance(REFRESH_GAP)
+    await asyncio.gather(*waiting)
+    assert node.fetcher.asked == ["/catalog"] * 2

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from sync.activation import MAX_UNLUCKY
 from sync.errors import StoreFailed
 from sync.updater import STATES
 
@@ -169,6 +170,32 @@ async def test_what_the_activator_rejects_is_refused_with_its_reason_and_not_tri
     await node.settle()
     assert [body for body, _ in node.activator.prepared] == [b'"v1"', b'"v2"']
     assert node.activator.active == b'"v1"'
+
+
+async def test_a_preparation_that_fails_for_a_passing_reason_is_tried_again(node) -> None:
+    await node.updater.start()
+    node.activator.refuse[b'"v1"'] = OutOfMemory("not now")
+    node.updater.offer(node.package(b'"v1"'))
+    assert (await node.until("failed")).error == "unavailable: not now"
+    node.activator.refuse.clear()
+    await node.when(lambda: node.clock.sleepers > 0)
+    node.clock.advance(100)
+    assert (await node.until("applied")).applied == 1
+
+
+async def test_bad_luck_without_end_is_the_versions_own_fault(node) -> None:
+    await node.updater.start()
+    node.activator.refuse[b'"v1"'] = OutOfMemory("not now")
+    node.updater.offer(node.package(b'"v1"'))
+    for attempt in range(1, MAX_UNLUCKY):
+        await node.when(lambda attempt=attempt: len(node.activator.prepared) == attempt and node.clock.sleepers > 0)
+        node.clock.advance(100)
+    assert (await node.until("refused")).error == "rejected: not now"
+    assert len(node.activator.prepared) == MAX_UNLUCKY
+
+
+class OutOfMemory(Exception):
+    transient = True
 
 
 async def test_a_body_may_not_need_what_its_document_does_not_declare(node) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from models.serving.exchange import FileBody, HttpRequest, HttpResponse, header_lines
-from models.serving.http import LINGER_SECONDS, HttpConnection, HttpLimits, HttpService
+from models.serving.http import HttpLimits, HttpService
+from models.serving.http_connection import LINGER_SECONDS, HttpConnection
 from models.serving.server import serve_http
 
 
@@ -63,6 +64,7 @@ class Client:
 
     def send(self, data: bytes) -> None:
         self.connection.data_received(data)
+        self.service.send_now()
 
     def answers(self) -> list[tuple[int, dict[str, str], bytes]]:
         return parse(self.transport.sent)
@@ -141,6 +143,16 @@ async def test_pipelined_requests_are_answered_in_order_in_one_write() -> None:
     client.send(POST + GET + CHUNKED)
     assert [body["path"] for body in bodies(client)] == ["/a%20b", "/g", "/x"]
     assert client.transport.writes == 1
+
+
+async def test_answers_leave_at_the_end_of_the_turn_without_being_asked() -> None:
+    client = Client()
+    client.connection.data_received(GET)
+    client.connection.data_received(GET)
+    assert client.transport.writes == 0
+    await turns(1)
+    assert client.transport.writes == 1
+    assert len(client.answers()) == 2
 
 
 async def test_a_late_answer_keeps_its_place() -> None:

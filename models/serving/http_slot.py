@@ -1,0 +1,64 @@
+"""A request's place in the order of answers, and the head of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import logging
+from typing import Protocol
+
+from models.serving.exchange import JSON, HttpRequest, HttpResponse, error_body
+
+log = logging.getLogger("tierline.http")
+
+_CLOSE = b"connection: close\r\n"
+_KEEP_ALIVE = b"connection: keep-alive\r\n"
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
+
+
+class _Owner(Protocol):
+    def answered(self) -> None: ...
+
+
+class Slot:
+    """A request's place in the order of answers."""
+
+    __slots__ = ("connection", "keep_alive", "linger", "old", "request", "response", "task")
+
+    def __init__(self, connection: _Owner, request: HttpRequest | None, keep_alive: bool) -> None:
+        self.connection = connection
+        self.request = request
+        self.keep_alive = keep_alive
+        self.old = False
+        self.linger = False
+        self.response: HttpResponse | None = None
+        self.task: asyncio.Task[HttpResponse] | None = None
+
+    def done(self, response: HttpResponse | None, error: BaseException | None) -> None:
+        if response is None:
+            if not isinstance(error, asyncio.CancelledError):
+                log.error("a handler failed", exc_info=error)
+            response = HttpResponse(500, JSON, error_body("internal error"))
+        self.response = response
+        self.connection.answered()
+
+
+def answer_head(date: bytes, slot: Slot, response: HttpResponse, length: int, closing: bool) -> bytes:
+    """Status line and headers, up to and with the empty line. `date`: a whole header line."""
+    connection = _CLOSE if closing else _KEEP_ALIVE if slot.old else b""
+    return b"%b%bcontent-length: %d\r\n%b%b\r\n" % (
+        _STATUS_LINES[response.status],
+        date,
+        length,
+        response.headers,
+        connection,
+    )
+
+
+def path_of_absolute(target: str) -> str:
+    """The path of `http://host/path`, which a server must accept (RFC 9112 3.2.2); anything else stays as it is."""
+    _, mark, rest = target.partition("://")
+    if not mark:
+        return target
+    _, slash, path = rest.partition("/")
+    return slash + path or "/"
