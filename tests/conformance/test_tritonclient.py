@@ -55,14 +55,19 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
     assert metadata["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}]
 
 
-@pytest.mark.parametrize("binary_out", [True, False])
-@pytest.mark.parametrize("binary_in", [True, False])
-@pytest.mark.parametrize("datatype", VALUES)
+ROUND_TRIPS = [
+    (datatype, binary_in, binary_out)
+    for datatype in VALUES
+    for binary_in in (True, False)
+    for binary_out in (True, False)
+    if datatype != "FP16" or (binary_in and binary_out)  # FP16 has no JSON form in the protocol
+]
+
+
+@pytest.mark.parametrize(("datatype", "binary_in", "binary_out"), ROUND_TRIPS)
 def test_every_datatype_survives_the_round_trip(
     client: triton.InferenceServerClient, datatype: str, binary_in: bool, binary_out: bool
 ) -> None:
-    if datatype == "FP16" and not (binary_in and binary_out):
-        pytest.skip("FP16 has no JSON form in the protocol")
     sent = VALUES[datatype]
     inputs = [given("x", sent, datatype, binary=binary_in)]
     outputs = [triton.InferRequestedOutput("y", binary_data=binary_out)]
