@@ -11,6 +11,7 @@ from typing import cast
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("deploy.demo:demo", "demo", "three tiers on this machine, from publishing a model to refusing a bad one"),
     "serve": ("models.cli:serve", "edge", "serve a folder of models, alone: no hub, no broker"),
+    "broker": ("deploy.cli:broker", "hub", "run an MQTT broker on loopback that lets in whom the hub knows"),
     "hub": ("cloud_hub.cli:hub", "hub", "run the cloud hub"),
     "worker": ("cloud_hub.worker:worker", "hub", "run a cloud worker"),
     "edge": ("edge_node.cli:edge", "edge", "run an edge node"),

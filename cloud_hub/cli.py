@@ -90,7 +90,7 @@ def deploy(argv: Sequence[str]) -> int:
     def run(client: HubClient) -> None:
         body = {"tenant": options.tenant, "selector": dict(options.select), "models": dict(options.model)}
         answer = client.send("PUT", f"/api/v1/deployments/{quote(options.name, safe='')}", body)
-        print(f"deployment {answer['name']} decides for {answer['progress']['total']} nodes")
+        print(f"deployment {answer['name']} decides for {answer['progress']['total']} of the nodes known")
         _table(("NODE", "STATE", "REASON"), [(n["node"], n["sync"], n["reason"] or "") for n in answer["nodes"]])
 
     return _speak("deploy", options, run)

@@ -42,14 +42,18 @@ def mosquitto_version(binary: str) -> tuple[int, ...]:
 
 
 class Broker:
-    """One broker process on loopback. `kind` is `mosquitto` or `amqtt`; `note` says what a user should know about it."""
+    """One broker process on loopback. `kind` is `mosquitto` or `amqtt`; `note` says what a user should know about it.
 
-    def __init__(self, folder: Path) -> None:
+    `hub_password`: file with the password of the hub's user, made at the first start. `port`: None = a free one.
+    """
+
+    def __init__(self, folder: Path, port: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self.hub_password = secrets.token_urlsafe(32)
+        self._folder = folder.resolve()
+        self.hub_password = self._folder / "hub-password"
+        self._admitted: tuple[str, str] | None = None
         self._process: Process | None = None
-        self.port = free_port()
+        self.port = port or free_port()
         self.binary = find_mosquitto()
         self.kind = "mosquitto" if self.binary else "amqtt"
         self.note = self._note()
@@ -60,10 +64,18 @@ class Broker:
 
     def start(self) -> None:
         """Raises DeployError when it does not come up, or when neither broker is installed. Only the hub may connect yet."""
-        self.admit(f"{HUB_USER}:{_hash(self.hub_password)}\n", access_list(()))
+        if self._accepts():
+            raise DeployError(f"something else listens on port {self.port}")
+        if not self.hub_password.exists():
+            _write_private(self.hub_password, secrets.token_urlsafe(32))
+        self.admit(f"{HUB_USER}:{_hash(self.hub_password.read_text())}\n", access_list(()))
         command = self._mosquitto() if self.binary else self._amqtt()
         self._process = Process("broker", command, self._folder / "broker.log")
         wait_until(f"{self.kind} accepts connections", self._accepts, 30.0, self._process)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.alive
 
     def stop(self) -> None:
         if self._process is not None:
@@ -74,6 +86,9 @@ class Broker:
 
         Both texts are what the hub's `/api/v1/broker/access` gives.
         """
+        if (passwords, acl) == self._admitted:
+            return
+        self._admitted = (passwords, acl)
         _write_private(self._folder / "acl", acl)
         _write_private(self._folder / "passwords", passwords)
         if self.binary and self._process is not None:

@@ -64,7 +64,6 @@ class Cluster:
         return self.folder / "hub"
 
     def start_broker(self) -> None:
-        _write_secret(self.folder / "broker-password", self.broker.hub_password)
         self.broker.start()
 
     def start_hub(self) -> None:
@@ -73,7 +72,7 @@ class Cluster:
             "hub",
             tierline(
                 *("hub", "--data", str(self.hub_data), "--http-port", str(port), "--broker", self.broker.url),
-                *("--broker-password-file", str(self.folder / "broker-password")),
+                *("--broker-password-file", str(self.broker.hub_password)),
             ),
         )
         self.urls["hub"] = str(announced(process, self.hub_data / "hub.json")["url"])

@@ -109,7 +109,7 @@ class Download:
                     if at < size:
                         raise Unavailable(f"{self._url} ended after {at} of {size} bytes")
         if f"sha256:{hasher.hexdigest()}" != digest:
-            raise Mismatch(f"{self._url} delivered other bytes than {digest}")
+            raise Mismatch(f"{self._url} delivered bytes with another digest")
 
     def _body(self, response: urllib3.BaseHTTPResponse, most: int) -> Iterator[bytes]:
         """The body as it arrives, never more than `most` bytes of it."""
