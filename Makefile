@@ -18,7 +18,7 @@ check: $(VENV)/.test           ## formatting, lint, types, import contracts
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test h2load    ## cost per request, beside raw onnxruntime and a FastAPI baseline
-	$(BIN)/python -m tests.bench.run $(ARGS)
+	$(BIN)/python tests/bench/run.py $(ARGS)
 
 zoo: $(VENV)/.convert          ## retrain the models of the zoo (needs torch)
 	$(BIN)/python -m models.zoo.digits.train $(ARGS)
