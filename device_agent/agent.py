@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -193,7 +194,7 @@ def _converted(name: str, array: Array, wanted: np.dtype[Any]) -> Array:
 
 
 def _positive(field: str, value: float) -> float:
-    if not value > 0:
+    if not (value > 0 and isfinite(value)):
         raise InvalidRequest(f"{field}: {value} is not a positive number of milliseconds")
     return value
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from models.errors import CallerError, DeadlineExceeded, NotFound, NotReady, TierlineError, TryAgain
+from models.errors import CallerError, DeadlineExceeded, NotFound, NotReady, TierlineError, TryAgain, Unreachable
 from models.policy import Arm, Decision, Features, Reason, Rule, choose, escalate
 from models.serving.estimates import Breaker, Estimate
 from models.serving.policy_book import PolicyBook
@@ -25,9 +25,14 @@ from models.serving.predictor import InferRequest, InferResponse, Predictor
 log = logging.getLogger("tierline.router")
 
 PING_TIMEOUT_SECONDS = 1.0
+SUSPECT_PING_SECONDS = 0.5
+"""Longest wait for a ping while callers are already not answered in time: they pay for it."""
+MAX_BUDGET_SECONDS = 600.0
+"""Longest deadline that is honoured; the same bound as a policy's."""
 HOP_SHARE = 0.1
 """Share of the remaining time that a hop keeps back from the tier above, beside the rule's reserve, so that clocks that
 tick late on a busy machine still leave an answer in time."""
+_SUSPENDED = "the tier above does not answer (%s): calls to it are suspended until a probe does"
 MAX_ESTIMATES = 1_024
 """Models whose times above are remembered; a caller that invents names must not grow this without end."""
 
@@ -66,6 +71,7 @@ class Router:
         self._clock = clock
         self._breaker = Breaker()
         self._times: dict[str, Estimate] = {}
+        self._probe_due = asyncio.Event()
 
     @property
     def up_suspended(self) -> bool:
@@ -79,6 +85,8 @@ class Router:
         rule = self._book.rule(request.model, has_here)
         if request.deadline is None:
             request = replace(request, deadline=now + rule.default_deadline_ms / 1e3)
+        elif not request.deadline - now <= MAX_BUDGET_SECONDS:
+            request = replace(request, deadline=now + MAX_BUDGET_SECONDS)
         decision = choose(rule, self._features(request, now, has_here))
         if decision.arm is Arm.UP:
             return await self._up_first(request, rule, has_here)
@@ -140,25 +148,34 @@ class Router:
     ) -> InferResponse | _Missed:
         now = self._clock()
         if not call.done() or call.cancelled():
-            self._missed(request.model, now - start, now)
-            return _Missed(Reason.UP_LATE, DeadlineExceeded("the tier above did not answer in time"))
+            return self._late(
+                request.model, now - start, now, DeadlineExceeded("the tier above did not answer in time")
+            )
         error = call.exception()
         if error is None:
             self._answered(request.model, now - start, now)
             answer = call.result()
             return answer if answer.degraded else replace(answer, reason=decision.reason)
         if isinstance(error, DeadlineExceeded):
-            self._missed(request.model, now - start, now)
-            return _Missed(Reason.UP_LATE, error)
+            return self._late(request.model, now - start, now, error)
         if isinstance(error, TryAgain):
-            self._missed(request.model, now - start, now)
+            if self._breaker.miss(now):
+                log.warning(_SUSPENDED, error)
             return _Missed(Reason.UP_UNREACHABLE, error)
         if isinstance(error, CallerError):
             # It answered, and quickly: the link is fine, the request is not for it.
             self._answered(request.model, now - start, now)
-        if isinstance(error, TierlineError):
-            return _Missed(Reason.UP_REFUSED, error)
-        raise error
+        if not isinstance(error, TierlineError):
+            # A mistake of ours must not cost the answer in hand either.
+            log.error("asking the tier above failed unexpectedly", exc_info=error)
+            error = Unreachable("asking the tier above failed unexpectedly")
+        return _Missed(Reason.UP_REFUSED, error)
+
+    def _late(self, model: str, waited: float, now: float, error: TierlineError) -> _Missed:
+        self._estimate(model).add_late(waited, now)
+        if self._breaker.late(now):
+            self._probe_due.set()
+        return _Missed(Reason.UP_LATE, error)
 
     def _features(self, request: InferRequest, now: float, has_here: bool) -> Features:
         budget = inf if request.deadline is None else request.deadline - now
@@ -182,11 +199,6 @@ class Router:
         if self._breaker.succeed(now):
             log.info("the tier above answers again")
 
-    def _missed(self, model: str, seconds: float, now: float) -> None:
-        self._estimate(model).add(seconds, now)
-        if self._breaker.miss(now):
-            log.warning("the tier above does not answer: calls to it are suspended until a probe does")
-
     @asynccontextmanager
     async def probing(self) -> AsyncIterator[None]:
         """Ping the tier above in the background: every second while idle, twice a second while the breaker is open."""
@@ -200,17 +212,26 @@ class Router:
 
     async def _probe_forever(self) -> None:
         while True:
-            await asyncio.sleep(max(self._breaker.seconds_to_probe(self._clock()), 0.02))
+            try:
+                async with asyncio.timeout(max(self._breaker.seconds_to_probe(self._clock()), 0.02)):
+                    await self._probe_due.wait()
+            except TimeoutError:
+                pass
+            self._probe_due.clear()
             if self._breaker.seconds_to_probe(self._clock()) == 0.0:
                 await self._probe()
 
     async def _probe(self) -> None:
         assert self._up is not None
+        timeout = SUSPECT_PING_SECONDS if self._breaker.is_suspect else PING_TIMEOUT_SECONDS
         try:
-            await self._up.ping(PING_TIMEOUT_SECONDS)
-        except TierlineError:
-            if self._breaker.miss(self._clock()):
-                log.warning("the tier above does not answer pings: calls to it are suspended until it does")
+            await self._up.ping(timeout)
+        except TierlineError as error:
+            if self._breaker.probe_missed(self._clock()):
+                log.warning(_SUSPENDED, error)
+        except Exception:
+            log.exception("a ping of the tier above failed unexpectedly")
+            self._breaker.probe_missed(self._clock())
         else:
             if self._breaker.succeed(self._clock()):
                 log.info("the tier above answers again")

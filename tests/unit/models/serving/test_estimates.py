@@ -50,3 +50,31 @@ def test_probes_come_soon_while_open_and_once_a_second_while_idle() -> None:
     assert breaker.seconds_to_probe(11.0) == pytest.approx(0.25)
     breaker.miss(11.3)
     assert breaker.seconds_to_probe(11.3) == pytest.approx(0.5)
+
+
+def test_a_late_answer_pushes_the_estimate_up_never_down() -> None:
+    estimate = Estimate(0.020, 0.004)
+    estimate.add_late(0.001, 0.0)
+    assert estimate.get(0.0)[0] > 0.020
+    estimate.add_late(0.5, 0.1)
+    assert estimate.get(0.1)[0] > 0.06
+
+
+def test_late_answers_in_a_row_ask_for_a_probe_and_only_the_probe_opens_the_breaker() -> None:
+    breaker = Breaker()
+    assert [breaker.late(float(n)) for n in range(MISSES_TO_OPEN)] == [False] * (MISSES_TO_OPEN - 1) + [True]
+    assert not breaker.is_open
+    assert breaker.seconds_to_probe(5.0) == 0.0
+    assert breaker.probe_missed(5.5)
+    assert breaker.is_open
+    assert breaker.seconds_to_probe(5.5) == pytest.approx(0.25)
+
+
+def test_a_probe_that_is_answered_ends_the_suspicion() -> None:
+    breaker = Breaker()
+    for n in range(MISSES_TO_OPEN):
+        breaker.late(float(n))
+    breaker.succeed(5.0)
+    assert not breaker.is_suspect
+    assert not breaker.probe_missed(6.0)
+    assert not breaker.is_open

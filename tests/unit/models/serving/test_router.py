@@ -14,7 +14,7 @@ from models.policy import Policy, Reason, Rule
 from models.serving.estimates import MISSES_TO_OPEN
 from models.serving.policy_book import PolicyBook
 from models.serving.predictor import InferRequest, InferResponse
-from models.serving.router import Router
+from models.serving.router import MAX_BUDGET_SECONDS, Router
 
 ANSWER = InferResponse(
     outputs={"y": np.zeros(1, np.float32)}, model="m", package="small", version="1", tier="edge", confidence=0.5
@@ -47,8 +47,9 @@ class Here:
 class Up:
     """The tier above: does what it is told."""
 
-    def __init__(self, outcome: InferResponse | Exception | None = ABOVE) -> None:
+    def __init__(self, outcome: InferResponse | Exception | None = ABOVE, *, pings: bool = True) -> None:
         self.outcome = outcome
+        self.answers_pings = pings
         self.requests: list[InferRequest] = []
         self.pings = 0
 
@@ -65,6 +66,8 @@ class Up:
         self.pings += 1
         if isinstance(self.outcome, Exception):
             raise self.outcome
+        if not self.answers_pings:
+            raise Unreachable("no answer to a ping")
         return 0.001
 
 
@@ -118,6 +121,7 @@ async def test_a_request_without_deadline_gets_the_policys() -> None:
         (DeadlineExceeded("late"), Reason.UP_LATE),
         (NotFound("no such model there"), Reason.UP_REFUSED),
         (TierlineError("broken there"), Reason.UP_REFUSED),
+        (ValueError("a mistake of ours"), Reason.UP_REFUSED),
     ],
 )
 async def test_whatever_happens_above_the_answer_in_hand_comes_back_in_time(
@@ -151,6 +155,40 @@ async def test_refusals_from_above_do_not_open_the_breaker() -> None:
     for _ in range(MISSES_TO_OPEN + 3):
         await routed.infer(request())
     assert not routed.up_suspended
+
+
+async def test_callers_in_a_hurry_do_not_cost_the_patient_ones_a_healthy_tier() -> None:
+    up = Up(None)
+    routed = router(Here(), up, reserve_ms=0)
+    async with routed.probing():
+        for _ in range(3 * MISSES_TO_OPEN):
+            await routed.infer(request(12.0))
+        up.outcome = ABOVE
+        assert not routed.up_suspended
+        assert (await routed.infer(request())).tier == "cloud"
+
+
+async def test_a_tier_that_answers_neither_requests_nor_pings_is_left_alone() -> None:
+    up = Up(None, pings=False)
+    routed = router(Here(), up, reserve_ms=0)
+    async with routed.probing():
+        for _ in range(MISSES_TO_OPEN):
+            assert (await routed.infer(request(15.0))).reason == Reason.UP_LATE
+        async with asyncio.timeout(5):
+            while not routed.up_suspended:
+                await asyncio.sleep(0.01)
+    asked = len(up.requests)
+    assert (await routed.infer(request())).reason == Reason.UP_UNREACHABLE
+    assert len(up.requests) == asked
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e300])
+async def test_a_deadline_without_end_is_bounded(seconds: float) -> None:
+    up = Up()
+    answer = await router(Here(), up).infer(replace(request(), deadline=seconds))
+    assert answer.tier == "cloud"
+    assert up.requests[0].deadline is not None
+    assert up.requests[0].deadline < time.monotonic() + MAX_BUDGET_SECONDS
 
 
 async def test_a_probe_closes_the_breaker_without_user_traffic() -> None:
