@@ -291,6 +291,7 @@ def _cell(value: float | None) -> str:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not end the stopping
     raise KeyboardInterrupt
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -168,10 +168,11 @@ class Cluster:
         return found
 
     def stop(self) -> None:
-        """End everything, last started first."""
-        for process in reversed(self.processes.values()):
-            process.stop()
-        self.broker.stop()
+        """End everything, last started first. One that resists does not save the others."""
+        with ExitStack() as everything:
+            everything.callback(self.broker.stop)
+            for process in self.processes.values():
+                everything.callback(process.stop)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -62,9 +63,11 @@ class Process:
     def ask(self, line: bytes) -> bytes:
         """Write one line to its standard input, read one line back. For processes started with `talk`."""
         assert self._child.stdin is not None and self._child.stdout is not None
-        self._child.stdin.write(line + b"\n")
-        self._child.stdin.flush()
-        answer = self._child.stdout.readline()
+        answer = b""
+        with suppress(BrokenPipeError):
+            self._child.stdin.write(line + b"\n")
+            self._child.stdin.flush()
+            answer = self._child.stdout.readline()
         if not answer:
             raise DeployError(f"{self.name} ended\n{self.tail()}")
         return answer
@@ -104,7 +107,8 @@ class Process:
     def _close(self) -> None:
         for stream in (self._child.stdin, self._child.stdout, self._out):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # what was meant for a process that is dead cannot be delivered
+                    stream.close()
 
 
 def tierline(*arguments: str) -> list[str]:

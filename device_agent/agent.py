@@ -160,11 +160,15 @@ class Agent:
 
     def _array(self, model: str, name: str, value: ArrayLike) -> Array:
         if isinstance(value, np.ndarray):
-            return value
+            return value.astype(np.object_) if value.dtype.kind in "SU" else value
         try:
             array: np.ndarray[Any, Any] = np.asarray(value)
         except ValueError as error:
             raise InvalidRequest(f"input '{name}': {error}") from error
+        if array.dtype.kind == "O":
+            raise InvalidRequest(f"input '{name}': holds a value that is no number, truth value or text")
+        if array.dtype.kind in "SU":
+            array = array.astype(np.object_)
         spec = self._spec(model, name)
         if spec is None:
             return array.astype(np.float32) if array.dtype.kind == "f" else array
@@ -183,8 +187,7 @@ def _converted(name: str, array: Array, wanted: np.dtype[Any]) -> Array:
     """Lists come as int64 or float64 whatever the model wants: converted where nothing but precision can be lost."""
     to_float = wanted.kind == "f" and array.dtype.kind in "iuf"
     to_integer = wanted.kind in "iu" and array.dtype.kind in "iu"
-    same = array.dtype.kind == wanted.kind or (wanted.kind == "O" and array.dtype.kind in "SU")
-    if not (to_float or to_integer or same):
+    if not (to_float or to_integer or array.dtype.kind == wanted.kind):
         raise InvalidRequest(f"input '{name}': values of {array.dtype} do not fit {wanted}")
     if to_integer and array.size:
         bounds = np.iinfo(wanted)

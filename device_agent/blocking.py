@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from os import PathLike
 from typing import Any, Self, TypeVar
 
@@ -84,15 +85,33 @@ class BlockingAgent:
         if self._loop is None:
             work.close()
             raise NotReady("the agent is not running: use it inside 'with BlockingAgent(...)'")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        call = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return call.result()
+        except CancelledError:
+            raise NotReady("the agent was stopped while this call was under way") from None
+        except BaseException:
+            call.cancel()  # an interrupted caller waits for nothing: neither should its call
+            raise
 
     def _stop(self) -> None:
         loop, self._loop = self._loop, None
         if loop is None or self._thread is None:
             return
-        # Loading ran in the loop's own threads: they end here too.
-        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result(STOP_SECONDS)
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.join(STOP_SECONDS)
-        if not self._thread.is_alive():
-            loop.close()
+        try:
+            asyncio.run_coroutine_threadsafe(_wind_up(loop), loop).result(STOP_SECONDS)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(STOP_SECONDS)
+            if not self._thread.is_alive():
+                loop.close()
+
+
+async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+    """End what is still under way, so that no caller waits for ever, and the threads that loading used."""
+    left = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=STOP_SECONDS / 2)
+    await loop.shutdown_default_executor()

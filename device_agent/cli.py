@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +24,8 @@ from device_agent.config import load_agent_config
 from models.errors import TierlineError
 from models.serving.process import configure_logging
 from sync.errors import SyncError
+
+log = logging.getLogger("tierline.device")
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """Longest request line (16 MiB)."""
@@ -79,7 +82,7 @@ async def _serve(agent: Agent) -> None:
 async def _answer(agent: Agent, line: bytes) -> dict[str, object]:
     try:
         request = msgspec.json.decode(line, type=Line)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return {"error": f"request: {error}"}
     try:
         answer = await agent.infer(
@@ -91,6 +94,9 @@ async def _answer(agent: Agent, line: bytes) -> dict[str, object]:
         )
     except TierlineError as error:
         return {"id": request.id, "error": str(error), "kind": type(error).__name__}
+    except Exception:
+        log.exception("a request failed unexpectedly")
+        return {"id": request.id, "error": "internal error"}
     fields = {name: getattr(answer, name) for name in answer.__struct_fields__ if name != "outputs"}
     return {"id": request.id, **fields, "outputs": {name: array.tolist() for name, array in answer.outputs.items()}}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +70,14 @@ async def test_lists_are_taken_as_the_model_wants_them(config: Path) -> None:
         ("digits", {"image": np.zeros((64,), np.float32)}, {}, InvalidRequest, "input 'image'"),
         ("digits", {"image": [[1.0], [2.0, 3.0]]}, {}, InvalidRequest, "input 'image'"),
         ("digits", {"image": [["ink"] * 64]}, {}, InvalidRequest, "input 'image'"),
+        ("digits", {"image": [[None] * 64]}, {}, InvalidRequest, "input 'image'"),
+        ("digits", {"image": [[10**30] * 64]}, {}, InvalidRequest, "input 'image'"),
+        ("faces", {"image": [[None] * 64]}, {}, InvalidRequest, "input 'image'"),
         ("digits", {"picture": [[0.0] * 64]}, {}, InvalidRequest, "picture"),
         ("digits", {}, {}, InvalidRequest, "image"),
         ("digits", {"image": [[0.0] * 64]}, {"deadline_ms": -1}, InvalidRequest, "deadline_ms"),
         ("digits", {"image": [[0.0] * 64]}, {"deadline_ms": float("nan")}, InvalidRequest, "deadline_ms"),
+        ("digits", {"image": [[0.0] * 64]}, {"deadline_ms": float("inf")}, InvalidRequest, "deadline_ms"),
         ("digits", {"image": [[0.0] * 64]}, {"min_confidence": 2.0}, InvalidRequest, "min_confidence"),
         ("digits", {"image": [[0.0] * 64]}, {"outputs": ("logits",)}, InvalidRequest, "logits"),
     ],
@@ -119,6 +126,52 @@ def test_the_blocking_twin_answers_from_several_threads_and_leaves_none_behind(c
     assert threading.active_count() <= before
     with pytest.raises(NotReady, match="with BlockingAgent"):
         agent.infer(digits.MODEL, {"image": IMAGES[:1]})
+
+
+def test_leaving_the_block_lets_no_caller_wait(config: Path) -> None:
+    outcomes: list[BaseException] = []
+    with BlockingAgent(config) as agent:
+
+        def wait() -> None:
+            try:
+                agent.wait_for("a model that never comes", timeout=60)
+            except NotReady as error:
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=wait) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        agent.wait_for(digits.MODEL)
+    for thread in threads:
+        thread.join(10)
+    assert len(outcomes) == 3
+
+
+def test_the_process_on_standard_input_answers_every_line(config: Path) -> None:
+    good = json.dumps(
+        {"model": "digits", "inputs": {"image": [[0.0] * 64]}, "deadline_ms": 2000, "id": "good"}
+    ).encode()
+    bad = [
+        b"{",
+        b"\xff",
+        b"[" * 5000,
+        b'{"model":"digits","inputs":{},"surprise":1}',
+        b'{"model":"faces","inputs":{"x":[null]}}',
+        b'{"model":"digits","inputs":{"image":[[1' + b"0" * 400 + b"]]}}",
+        b'{"model":"digits","inputs":{"image":[["a"]]}}',
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "tierline", "device", str(config)],
+        input=b"\n".join([*bad, good]) + b"\n",
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    *refused, answer = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(refused) == len(bad)
+    assert all(isinstance(line["error"], str) and line["error"] != "internal error" for line in refused)
+    assert answer["id"] == "good"
+    assert np.shape(answer["outputs"]["probabilities"]) == (1, 10)
 
 
 async def test_outside_its_block_an_agent_says_so(config: Path) -> None:
