@@ -25,7 +25,7 @@ from models.serving.router import Router
 from models.serving.server import HttpServer, serve_http
 from sync.activation import Activator
 from sync.errors import InvalidConfig, SyncError
-from sync.identity import Membership, load_config
+from sync.identity import LOOPBACK, Membership, load_config
 from sync.member import join
 from sync.messages import Capabilities
 
@@ -68,7 +68,7 @@ def worker(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         config = load_config(options.config, WorkerConfig)
-        if config.node.tier != TIER or config.host not in ("127.0.0.1", "::1", "localhost"):
+        if config.node.tier != TIER or config.host not in LOOPBACK:
             raise InvalidConfig(
                 f"{options.config}: node.tier must be 'cloud' and host loopback until nodes can be enrolled"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from sync.errors import InvalidConfig
-from sync.identity import Membership, load_config
+from sync.identity import LOOPBACK, Membership, load_config
 
 
 class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,7 +43,7 @@ def load_edge_config(path: Path) -> EdgeConfig:
     config = load_config(path, EdgeConfig)
     if config.node.tier != "edge":
         raise InvalidConfig(f"{path}: node.tier is {config.node.tier!r}, an edge node's is 'edge'")
-    if config.listen.host not in ("127.0.0.1", "::1", "localhost"):
+    if config.listen.host not in LOOPBACK:
         raise InvalidConfig(
             f"{path}: listen.host {config.listen.host!r} is not loopback; until nodes can be enrolled "
             "with certificates nothing binds beyond it"

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import ipaddress
 import logging
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-
-import uvloop
 
 from models.errors import PackageError
 from models.serving.folder import Models, load_folder
 from models.serving.local import Local
+from models.serving.process import run_until_stopped
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.server import serve_http
 
-SWITCH_INTERVAL_SECONDS = 0.0005
-"""How long a busy thread may keep the interpreter from the event loop (Python's default is ten times as long)."""
 TIER = "edge"
 
 
@@ -38,29 +34,24 @@ def serve(argv: Sequence[str]) -> int:
         models, problems = load_folder(arguments.folder)
         for problem in problems:
             print(f"not served: {problem}", file=sys.stderr)
-        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        uvloop.run(_serve(models, arguments.host, arguments.http_port))
+        return run_until_stopped(lambda: _serving(models, arguments.host, arguments.http_port))
     except (PackageError, OSError) as error:
         return _refuse(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
-    return 0
 
 
-async def _serve(models: Models, host: str, port: int) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+@asynccontextmanager
+async def _serving(models: Models, host: str, port: int) -> AsyncIterator[None]:
     repository = Repository()
     local = Local(repository, TIER)
     try:
         repository.install(models)
-        handler = RestHandler(local, repository, ready=lambda: not stop.is_set())
+        handler = RestHandler(local, repository, ready=repository.is_settled)
         async with serve_http(handler, host=host, port=port) as server:
             for name in repository.names():
                 known = repository.describe(name, None)
                 print(f"{name}  version {', '.join(known.versions)}  {known.platform}")
             print(f"serving at {server.url}", flush=True)
-            await stop.wait()
+            yield
     finally:
         await local.close()
         await repository.close()
