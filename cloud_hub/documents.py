@@ -17,6 +17,7 @@ from models.desired import Assignment, Desired, assignment_of, decode_desired, d
 from models.errors import InvalidRequest, NotFound, TooLarge
 from models.manifest import Blob, decode_manifest
 from sync.clock import Clock
+from sync.errors import Replayed
 from sync.messages import MAX_DOCUMENT_BYTES, MAX_MESSAGE_BYTES, Document, Envelope, decode
 from sync.trust import MAX_REVISION, digest_of, sign
 
@@ -127,12 +128,16 @@ def must_resend(standing: Standing) -> bool:
 def burnt_revision(standing: Standing) -> int | None:
     """A revision the node has seen that we never issued: a hub restored from a backup must go above it.
 
-    The same revision under another digest is such a case too. None when all is well, or the claim is beyond belief.
+    The same revision under another digest is such a case too: applied, or refused as a replay because the node had
+    accepted the other one, even if it then rolled back. None when all is well, or the claim is beyond belief.
     """
     report = standing.report
     if report is None or standing.wanted == 0:
         return None
-    other = report.applied == standing.wanted and report.digest not in ("", standing.digest)
+    if report.applied == standing.wanted:
+        other = report.digest not in ("", standing.digest)
+    else:
+        other = report.revision == standing.wanted and (report.error or "").startswith(f"{Replayed.code}:")
     seen = max(report.revision, report.applied)
     if not other and seen <= standing.wanted:
         return None

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import msgspec
 
@@ -21,10 +22,10 @@ from sync.messages import Capabilities, Reported, State, decode
 from sync.topics import parse_up
 
 STATES = (*PRESENT, "disconnected", "lost")
-MAX_WAITING = 10_000
-"""Observations that may wait for the database; above it new ones are dropped and counted, the next report replaces them."""
 MAX_BATCH = 500
 """Observations of one transaction: one disk flush pays for all of them."""
+YIELD_EVERY = 200
+"""Messages taken in before the event loop gets a turn: a fleet's retained messages arrive all at once, without a pause."""
 MAX_RUNNING = 1_000
 """Entries of one report's tables; a node serves at most 128 models."""
 
@@ -32,12 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Remembers what nodes say. `counts`: garbage, unknown, dropped, event, stored."""
+    """Remembers what nodes say. `counts`: garbage, unknown, event, stored."""
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
         self._storage = storage
         self._clock = clock
-        self._waiting: asyncio.Queue[Observation] = asyncio.Queue(MAX_WAITING)
+        # The newest of each (node, leaf), so it is bounded by the registered nodes and a burst loses nothing that counts.
+        self._waiting: dict[tuple[str, str], Observation] = {}
+        self._arrived = asyncio.Event()
         self._in_hand: list[Observation] = []
         with storage.read() as records:
             self._known = {node.id for node in records.nodes()}
@@ -49,39 +52,41 @@ class Fleet:
 
     async def listen(self, link: LinkLike) -> None:
         """Take in everything that arrives, until the link closes."""
+        taken = 0
         async for message in link.messages():
             self.hear(message)
+            taken += 1
+            if taken % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
 
     def hear(self, message: Message) -> None:
         """Take in one message; never raises for what it contains."""
         try:
-            observation = self._decode(message)
+            node_id, leaf = parse_up(message.topic)
+            observation = self._decode(node_id, leaf, message.payload)
         except Malformed as error:
             self.counts["garbage"] += 1
             log.debug("ignored a message: %s", error)
             return
         if observation is None:
             return
-        if self._waiting.full():
-            self.counts["dropped"] += 1
-            return
-        self._waiting.put_nowait(observation)
+        self._waiting[node_id, leaf] = observation
+        self._arrived.set()
 
-    def _decode(self, message: Message) -> Observation | None:
-        node_id, leaf = parse_up(message.topic)
+    def _decode(self, node_id: str, leaf: str, payload: bytes) -> Observation | None:
         if node_id not in self._known:
             self.counts["unknown"] += 1
             return None
         now = self._clock.wall()
         if leaf == "state":
-            state = decode(message.payload, State)
+            state = decode(payload, State)
             if state.state not in STATES or len(state.boot) > 64:
                 raise Malformed(f"state: {state.state[:40]!r} is none of {', '.join(STATES)}")
             return Observation(node_id, now, state=state.state, boot=state.boot)
         if leaf == "reported":
-            return Observation(node_id, now, reported=msgspec.json.encode(_bounded(decode(message.payload, Reported))))
+            return Observation(node_id, now, reported=msgspec.json.encode(_bounded(decode(payload, Reported))))
         if leaf == "caps":
-            return Observation(node_id, now, capabilities=msgspec.json.encode(decode(message.payload, Capabilities)))
+            return Observation(node_id, now, capabilities=msgspec.json.encode(decode(payload, Capabilities)))
         self.counts["event"] += 1
         return None
 
@@ -91,10 +96,11 @@ class Fleet:
         What could not be written stays in hand and is written first when this is called again.
         """
         while True:
-            if not self._in_hand:
-                self._in_hand.append(await self._waiting.get())
-            while len(self._in_hand) < MAX_BATCH and not self._waiting.empty():
-                self._in_hand.append(self._waiting.get_nowait())
+            while not self._in_hand and not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            for key in list(islice(self._waiting, MAX_BATCH - len(self._in_hand))):
+                self._in_hand.append(self._waiting.pop(key))
             await asyncio.to_thread(self._store, self._in_hand)
             nodes = sorted({observation.node for observation in self._in_hand})
             self.counts["stored"] += len(self._in_hand)

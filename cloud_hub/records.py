@@ -201,6 +201,10 @@ class Records:
         query = select(NodeRow.id, NodeRow.tier, NodeRow.labels, NodeRow.groups).order_by(NodeRow.id)
         return [Node(id_, tier, labels, tuple(groups)) for id_, tier, labels, groups in self._session.execute(query)]
 
+    def present(self) -> list[str]:
+        """Ids of the nodes that are here."""
+        return list(self._session.scalars(select(NodeRow.id).where(NodeRow.state.in_(PRESENT)).order_by(NodeRow.id)))
+
     def observe(self, observation: Observation) -> bool:
         """Remember what a node said; False when there is no such node."""
         row = self._session.get(NodeRow, observation.node)

@@ -15,6 +15,7 @@ import uvicorn
 
 from cloud_hub.app import create_app
 from cloud_hub.auth import admin_token_path, broker_hash
+from cloud_hub.files import locked
 from cloud_hub.gate import Application
 from cloud_hub.hub import Hub, new_epoch, open_hub
 from cloud_hub.keys import keyring_path
@@ -52,7 +53,8 @@ async def running_hub(options: HubOptions) -> AsyncIterator[str]:
     """Start a hub; yields its URL once it answers, written to `hub.json` too.
 
     The file is gone again when the block ends.
-    Raises InvalidConfig for a host or broker beyond loopback, OSError when the port is taken or a file cannot be read.
+    Raises InvalidConfig for a host or broker beyond loopback or a data folder in use, OSError when the port is taken or a
+    file cannot be read.
     """
     check_loopback("host", options.host)
     check_loopback("broker", address_of(options.broker)[0])
@@ -66,7 +68,8 @@ async def running_hub(options: HubOptions) -> AsyncIterator[str]:
         will=hub_will(epoch),
         max_incoming=MAX_INCOMING,
     )
-    with _listening(options.host, options.port) as listener:
+    # Locked before the link connects: a second hub on the folder would take the first one's place at the broker.
+    with locked(options.data), _listening(options.host, options.port) as listener:
         async with Link(link_options) as link:
             hashed = broker_hash(password) if password else None
             async with (
