@@ -17,6 +17,9 @@ from models.tensor import DTYPES, Array, TensorSpec, check_tensor, shape_allows
 MAX_GOLDEN_BYTES = 256 << 20
 """Unpacked size of the golden arrays (256 MiB): a .npz is a zip, and a few kilobytes of zip can claim terabytes."""
 
+_ROUNDING = 1e-3
+"""How far a share may lie outside 0..1: half-precision softmax rounds by this much."""
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -29,13 +32,11 @@ class Golden:
 def load_golden(path: Path, manifest: Manifest) -> Golden:
     """Read the golden arrays `in.<input>` and `out.<output>`. Raises ContractBreach naming the array."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
-        if claimed > MAX_GOLDEN_BYTES:
-            raise ContractBreach(f"golden arrays unpack to {claimed} bytes, at most {MAX_GOLDEN_BYTES} are accepted")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: _as_tensor(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, MemoryError, EOFError, zipfile.BadZipFile) as error:
+        found = _read_arrays(path)
+    except ContractBreach:
+        raise
+    except Exception as error:
+        # zipfile, zlib, lzma and numpy each raise their own kinds for a damaged file, and share no base.
         raise ContractBreach(f"golden file cannot be read: {error}") from error
     golden = Golden(_part(found, "in.", manifest.inputs), _part(found, "out.", manifest.outputs))
     for spec in manifest.inputs:
@@ -44,6 +45,15 @@ def load_golden(path: Path, manifest: Manifest) -> Golden:
         except InvalidRequest as error:
             raise ContractBreach(f"golden {error}") from error
     return golden
+
+
+def _read_arrays(path: Path) -> dict[str, Array]:
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+    if claimed > MAX_GOLDEN_BYTES:
+        raise ContractBreach(f"golden arrays unpack to {claimed} bytes, at most {MAX_GOLDEN_BYTES} are accepted")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: _as_tensor(arrays[name]) for name in arrays.files}
 
 
 def _as_tensor(array: Array) -> Array:
@@ -126,14 +136,19 @@ class _Renamed:
 
 
 def check_golden(session: Session, manifest: Manifest, golden: Golden, tolerance: float) -> None:
-    """Run the golden inputs and compare. `tolerance`: largest absolute difference. Raises ContractBreach naming the output."""
+    """Run the golden inputs and compare. `tolerance`: largest absolute difference. Raises ContractBreach naming the output.
+
+    The output that confidence is read from must hold what `Confidence` promises there: shares in 0..1.
+    """
     names = [spec.name for spec in manifest.outputs]
     try:
         answers = session.run(golden.inputs, names)
-    except EngineFailure as error:
+    except (EngineFailure, InvalidRequest) as error:
         raise ContractBreach(f"the golden inputs fail: {error}") from error
     for spec, answer in zip(manifest.outputs, answers, strict=True):
         _compare(spec, answer, golden.outputs[spec.name], tolerance)
+        if manifest.confidence is not None and manifest.confidence.output == spec.name:
+            _check_shares(spec, answer, tolerance)
 
 
 def _compare(spec: TensorSpec, answer: Array, expected: Array, tolerance: float) -> None:
@@ -154,6 +169,16 @@ def _compare(spec: TensorSpec, answer: Array, expected: Array, tolerance: float)
     worst = float(np.abs(answer.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0))
     if not worst <= tolerance:
         raise ContractBreach(f"{where}: differs from the golden output by {worst:.3g}, allowed is {tolerance:.3g}")
+
+
+def _check_shares(spec: TensorSpec, answer: Array, tolerance: float) -> None:
+    """Scores beyond 0..1 (logits, say) would be cut to full confidence: no answer would ever be asked for again above."""
+    slack = tolerance + _ROUNDING
+    low, high = float(answer.min(initial=0.0)), float(answer.max(initial=0.0))
+    if low < -slack or high > 1 + slack:
+        raise ContractBreach(
+            f"output '{spec.name}': confidence is read from it, but it holds {low:.3g} to {high:.3g}, not 0 to 1"
+        )
 
 
 def is_finite(array: Array) -> bool:

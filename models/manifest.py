@@ -46,9 +46,9 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Confidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a caller's confidence is read from the outputs, and from which value on an answer may stay where it was made.
 
-    `method`: `max` = largest value of the last axis of `output` (already probabilities); `margin` = largest minus second
-    largest. A batch is as confident as its least confident row. `threshold` comes from calibration data, never from a
-    held-out part.
+    `output`: floats in 0..1, shaped (batch, ..., classes), or (classes,) where their number is fixed. `method`: `max` =
+    largest value of the last axis; `margin` = largest minus second largest. A batch is as confident as its least confident
+    row. `threshold` comes from calibration data, never from a held-out part.
     """
 
     output: str
@@ -149,8 +149,17 @@ def _check_specs(field: str, specs: Sequence[TensorSpec]) -> None:
 
 
 def _check_confidence(confidence: Confidence, outputs: Sequence[TensorSpec]) -> None:
-    if confidence.output not in {spec.name for spec in outputs}:
+    spec = next((spec for spec in outputs if spec.name == confidence.output), None)
+    if spec is None:
         raise InvalidManifest(f"confidence.output: {confidence.output!r} is not an output")
+    if DTYPES[spec.datatype].kind != "f":
+        raise InvalidManifest(
+            f"confidence.output: {spec.name!r} is {spec.datatype}; shares in 0..1 are FP16, FP32 or FP64"
+        )
+    if spec.shape in ((), (-1,)):
+        raise InvalidManifest(
+            f"confidence.output: {spec.name!r} has shape {list(spec.shape)}, without an axis of classes"
+        )
     if confidence.method not in CONFIDENCE:
         raise InvalidManifest(f"confidence.method: {confidence.method!r} is none of {', '.join(CONFIDENCE)}")
     if not 0 <= confidence.threshold <= 1:
@@ -184,12 +193,12 @@ CONFIDENCE = {"max": _max, "margin": _margin}
 def confidence_of(rule: Confidence | None, outputs: Mapping[str, Array]) -> float | None:
     """Confidence of an answer in 0..1, or None when the package does not say how to read one.
 
-    Fails closed: scores that are empty or not finite are no confidence at all (0.0), so the answer escalates.
+    Fails closed: scores that are empty, without an axis or not finite are no confidence at all (0.0), so the answer escalates.
     """
     if rule is None:
         return None
     scores: Any = outputs.get(rule.output)
-    if scores is None or scores.size == 0:
+    if scores is None or scores.size == 0 or not scores.shape:
         return 0.0
     value = CONFIDENCE[rule.method](scores)
     return min(max(value, 0.0), 1.0) if isfinite(value) else 0.0

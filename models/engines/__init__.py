@@ -46,7 +46,11 @@ class Session(Protocol):
     @property
     def outputs(self) -> Sequence[TensorSpec]: ...
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Outputs in the order asked for; the arrays belong to the caller. Raises EngineFailure."""
+        """Outputs in the order asked for; the arrays belong to the caller. Raises EngineFailure, InvalidRequest.
+
+        An engine seldom tells a broken model from inputs it cannot take: both may be an EngineFailure, which
+        `models.serving.loaded` tells apart.
+        """
         ...
 
     def close(self) -> None:

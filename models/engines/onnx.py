@@ -71,13 +71,17 @@ class OnnxSession:
         self._run: Any = session.run
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Outputs in the order asked for, () = all. Raises EngineFailure; InvalidRequest for text that is not UTF-8."""
+        """Outputs in the order asked for, () = all.
+
+        Raises EngineFailure; InvalidRequest, naming the input, for a text element that is not one or not UTF-8.
+        """
         if not self._plain:
             inputs = self._decoded(inputs)
         try:
             answers: list[Array] = self._run(outputs or self._names, inputs)
         except Exception as error:
-            raise EngineFailure(f"onnxruntime: {_reason(error)}") from error
+            first_line = str(error).strip().partition("\n")[0]
+            raise EngineFailure(f"onnxruntime: {first_line[:_MAX_REASON]}") from error
         return answers if self._plain else [_encoded(answer) for answer in answers]
 
     def close(self) -> None:
@@ -89,16 +93,26 @@ class OnnxSession:
         decoded = dict(inputs)
         for name in self._text_inputs:
             array = inputs[name]
-            try:
-                text = [item if isinstance(item, str) else bytes(item).decode() for item in array.flat]
-            except UnicodeDecodeError as error:
-                raise InvalidRequest(f"input '{name}': this model takes text, got bytes that are not UTF-8") from error
+            text = [_text(name, index, item) for index, item in enumerate(array.flat)]
             decoded[name] = np.array(text, dtype=np.object_).reshape(array.shape)
         return decoded
 
 
 def _closed(*_: object) -> list[Array]:
     raise RuntimeError("the session is closed")
+
+
+def _text(name: str, index: int, item: object) -> str:
+    """One element of a text input. `bytes` of any other type would be its buffer, or as many zeros as an int says."""
+    try:
+        if isinstance(item, str):
+            item.encode()  # a lone surrogate has no UTF-8
+            return item
+        if isinstance(item, (bytes, bytearray, memoryview)):
+            return bytes(item).decode()
+    except UnicodeError as error:
+        raise InvalidRequest(f"input '{name}': this model takes text, element {index} is not UTF-8") from error
+    raise InvalidRequest(f"input '{name}': element {index} is a {type(item).__name__}, expected bytes or text")
 
 
 def _encoded(answer: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from models.contract import is_finite
 from models.engines import Session
+from models.errors import EngineFailure, InvalidRequest
 from models.manifest import Confidence
 from models.tensor import DTYPES, Array, TensorSpec
 
@@ -22,6 +23,14 @@ MEASURE_SECONDS = 0.25
 """A slow model is measured once or twice, not seven times."""
 CLEAN_ANSWERS = 20
 """Answers in a row without a failure after which a version counts as good, and its outputs are no longer looked through."""
+SAMPLE_SECONDS = 1.0
+"""Least time between two runs of the sample after failures: callers the engine refuses may not double its work."""
+SAMPLE_SHARE = 0.1
+"""Largest share of a thread that such runs may take, for a model slow enough to feel them."""
+MAX_SAMPLE_BYTES = 64 * 1024
+"""Largest inputs of a caller that are kept as the sample of a version that came without one."""
+MAX_REASON = 300
+"""Characters of an engine's message that a caller is shown: it may quote whole tensors."""
 MIN_FAILURES = 5
 MAX_FAILURE_SHARE = 0.2
 
@@ -46,7 +55,7 @@ class Identity:
 
 
 class Loaded:
-    """A loaded version. Everything but `session.run` belongs to the event loop's thread: no locks.
+    """A loaded version. Everything but `session.run` and `refuse` belongs to the event loop's thread: no locks.
 
     `seconds`: of one warm single-row run. `inline_elements`: requests of at most this many input elements run in the
     event loop, 0 = none. `expected`: per input (name, dtype, whether it has free rows, shape of a row, spec).
@@ -54,8 +63,9 @@ class Loaded:
     """
 
     __slots__ = (
-        "_serial", "answers", "clean", "confidence", "expected", "failures", "identity", "in_flight", "inline_elements",
-        "inputs", "on_idle", "output_names", "outputs", "retired", "seconds", "session",
+        "_sample", "_sample_due", "_sample_runs", "_serial", "answers", "clean", "confidence", "expected", "failures",
+        "identity", "in_flight", "inline_elements", "inputs", "on_idle", "output_names", "outputs",
+        "retired", "seconds", "session",
     )  # fmt: skip
 
     def __init__(
@@ -68,7 +78,10 @@ class Loaded:
         confidence: Confidence | None = None,
         sample: Mapping[str, Array] | None = None,
     ) -> None:
-        """`inputs`, `outputs`: the manifest's, () = the session's. `sample`: inputs to measure with, None = do not measure."""
+        """`inputs`, `outputs`: the manifest's, () = the session's.
+
+        `sample`: inputs that the session answers, to measure with and to try again when others fail; None = none known.
+        """
         self.identity = identity
         self.session = session
         self.inputs = tuple(inputs or session.inputs)
@@ -81,6 +94,9 @@ class Loaded:
         self.seconds = inf if sample is None else measure(session, sample)
         elements = sum(array.size for array in sample.values()) if sample else 0
         self.inline_elements = int(elements * INLINE_SECONDS / self.seconds) if self.seconds <= INLINE_SECONDS else 0
+        self._sample = sample
+        self._sample_due = 0.0
+        self._sample_runs = sample is not None
         self._serial = session.serial
         self.in_flight = 0
         self.retired = False
@@ -100,13 +116,41 @@ class Loaded:
         """Forget the traffic so far: from here on the version is on probation."""
         self.answers = self.failures = self.clean = 0
 
-    def answered(self, outputs: Sequence[Array]) -> None:
-        """Count an answer; while on probation one that is not finite counts as a failure."""
+    def answered(self, inputs: Mapping[str, Array], outputs: Sequence[Array]) -> None:
+        """Count an answer; while on probation one that is not finite counts as a failure.
+
+        Not when the caller's inputs were not finite either: that says nothing about the model.
+        """
         if self.clean < CLEAN_ANSWERS and not all(is_finite(array) for array in outputs):
-            self.failed()
+            if all(is_finite(array) for array in inputs.values()):
+                self.failed()
             return
         self.answers += 1
         self.clean += 1
+
+    def refuse(self, error: EngineFailure) -> None:
+        """After a failed run: raise InvalidRequest when the session still answers its sample, so that the inputs are to blame.
+
+        Any thread may call. What the last try of the sample gave holds for a second, or ten times the time that it took.
+        """
+        start = time.monotonic()
+        if self._sample is not None and start >= self._sample_due:
+            self._sample_due = inf  # no other thread tries meanwhile
+            try:
+                self.session.run(self._sample, ())
+                self._sample_runs = True
+            except EngineFailure:
+                self._sample_runs = False
+            finally:
+                ended = time.monotonic()
+                self._sample_due = ended + max(SAMPLE_SECONDS, (ended - start) / SAMPLE_SHARE)
+        if self._sample_runs:
+            raise InvalidRequest(f"the model refuses these inputs: {str(error)[:MAX_REASON]}") from error
+
+    def learn(self, inputs: Mapping[str, Array]) -> None:
+        """These were answered: they become the sample of a version that came without one, unless they are large."""
+        if self._sample is None and sum(array.nbytes for array in inputs.values()) <= MAX_SAMPLE_BYTES:
+            self._sample = {name: array.copy() for name, array in inputs.items()}
 
     def failed(self) -> None:
         self.answers += 1
@@ -148,9 +192,9 @@ def measure(session: Session, sample: Mapping[str, Array]) -> float:
 
 
 def first_row(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The first row of every input that has rows: those whose first dimension is -1."""
+    """The first row of every input that has rows: those whose first dimension is -1. Copied: the rest need not stay."""
     batched = {spec.name for spec in specs if spec.shape[:1] == (-1,)}
-    return {name: array[:1] if name in batched else array for name, array in arrays.items()}
+    return {name: array[:1].copy() if name in batched else array for name, array in arrays.items()}
 
 
 def blank_row(specs: Sequence[TensorSpec]) -> dict[str, Array]:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from models.engines import Session
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, Overloaded
 from models.manifest import confidence_of
-from models.serving.loaded import Loaded
+from models.serving.loaded import INLINE_SECONDS, Loaded
 from models.serving.predictor import InferRequest, InferResponse
 from models.serving.repository import Repository
 from models.tensor import Array, check_tensor
@@ -25,8 +24,13 @@ log = logging.getLogger("tierline.local")
 
 MAX_RUN_SECONDS = 60.0
 """Longest wait for a run whose request carries no deadline."""
+STALL_SECONDS = 5 * INLINE_SECONDS
+"""A run in the event loop that takes longer (1 ms) is looked into: some models' cost is in the values, not in the shape."""
+LONG_STALL_SECONDS = 20 * STALL_SECONDS
+"""After one this long (20 ms, beyond what a busy machine takes from a thread) nothing enters the loop until that is done."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for runs under way."""
+STOPPING = "this node is stopping"
 
 _Run = tuple[list[Array], float, float]  # outputs, when the run started, when it ended
 
@@ -54,10 +58,11 @@ class Local:
         self._clock = clock
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tierline-engine")
         self._waiting = 0
+        self._tried: set[Loaded] = set()
         self._idle = asyncio.Event()
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Raises NotFound, InvalidRequest naming the input, DeadlineExceeded, Overloaded, or EngineFailure."""
+        """Raises NotFound, InvalidRequest, DeadlineExceeded, Overloaded, NotReady, or EngineFailure."""
         loaded = self._lookup(request.model, request.version)
         elements = check(loaded, request)
         now = self._clock()
@@ -65,20 +70,53 @@ class Local:
             raise DeadlineExceeded(f"the deadline of this request for '{request.model}' had passed before it was run")
         names = _wanted(loaded, request.outputs)
         if loaded.runs_here(elements):
-            run = self._run_here(loaded, request.inputs, names)
+            run = self._run_here(loaded, request, names)
         else:
             run = await self._run_in_pool(loaded, request, names, now)
         return self._answer(loaded, request, names, run, now)
 
-    def _run_here(self, loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str]) -> _Run:
+    def _run_here(self, loaded: Loaded, request: InferRequest, names: Sequence[str]) -> _Run:
+        inputs = request.inputs
         start = self._clock()
         try:
             outputs = loaded.session.run(inputs, names)
-        except EngineFailure:
+        except EngineFailure as error:
+            loaded.refuse(error)
             loaded.failed()
             raise
-        loaded.answered(outputs)
-        return outputs, start, self._clock()
+        ended = self._clock()
+        loaded.answered(inputs, outputs)
+        if ended - start > STALL_SECONDS:
+            self._look_into(loaded, inputs, names, ended - start)
+        if request.deadline is not None and ended > request.deadline:
+            raise DeadlineExceeded(f"'{request.model}' took {(ended - start) * 1e3:.1f} ms, longer than was left")
+        return outputs, start, ended
+
+    def _look_into(self, loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], seconds: float) -> None:
+        """A run held the loop: by its own work, or because the machine was busy elsewhere?
+
+        The same inputs are tried again in a thread; if they cost as much there, this version never enters the loop again.
+        """
+        allowed = 0
+        if seconds > LONG_STALL_SECONDS:
+            allowed, loaded.inline_elements = loaded.inline_elements, 0
+        elif loaded in self._tried:
+            return
+        self._tried.add(loaded)
+        self._begin(loaded)
+        # Not in the pool, where the trial could wait behind long runs.
+        trial = asyncio.get_running_loop().run_in_executor(None, _processor_seconds, loaded, inputs, names)
+        trial.add_done_callback(lambda done: self._settle(loaded, allowed, done))
+
+    def _settle(self, loaded: Loaded, allowed: int, trial: asyncio.Future[float]) -> None:
+        """In the loop, once a trial is over. `allowed`: what the version may have back, 0 = it was not stopped meanwhile."""
+        self._tried.discard(loaded)
+        if trial.cancelled() or trial.exception() is not None or trial.result() > STALL_SECONDS:
+            loaded.inline_elements = 0
+            log.warning("%s is no longer run in the event loop: its cost is in the values", loaded.identity)
+        elif allowed:
+            loaded.inline_elements = allowed
+        self._end(loaded)
 
     async def _run_in_pool(self, loaded: Loaded, request: InferRequest, names: Sequence[str], now: float) -> _Run:
         if self._waiting >= self._max_waiting:
@@ -99,30 +137,39 @@ class Local:
         loop = asyncio.get_running_loop()
         landed: asyncio.Future[_Run] = loop.create_future()
         try:
-            run = self._pool.submit(_timed, loaded.session, inputs, names, self._clock)
+            run = self._pool.submit(_timed, loaded, inputs, names, self._clock)
         except RuntimeError as error:
-            raise NotReady("this node is stopping") from error
-        loaded.acquire()
-        self._waiting += 1
+            raise NotReady(STOPPING) from error
+        self._begin(loaded)
         landed.add_done_callback(lambda _: run.cancel())
-        run.add_done_callback(lambda done: loop.call_soon_threadsafe(self._land, loaded, landed, done))
+        run.add_done_callback(lambda done: loop.call_soon_threadsafe(self._land, loaded, inputs, landed, done))
         return landed
 
-    def _land(self, loaded: Loaded, landed: asyncio.Future[_Run], run: Future[_Run]) -> None:
-        """In the loop, once a run is over or taken back."""
+    def _land(
+        self, loaded: Loaded, inputs: Mapping[str, Array], landed: asyncio.Future[_Run], run: Future[_Run]
+    ) -> None:
+        """In the loop, once a run is over or taken back: by its caller, who has gone, or by `close`."""
+        if not run.cancelled():
+            self._count(loaded, inputs, run)
+        if not landed.done():
+            _copy(run, landed)
+        self._end(loaded)
+
+    def _begin(self, loaded: Loaded) -> None:
+        loaded.acquire()
+        self._waiting += 1
+
+    def _end(self, loaded: Loaded) -> None:
         self._waiting -= 1
         if self._waiting == 0:
             self._idle.set()
-        if not run.cancelled():
-            self._count(loaded, run)
-            if not landed.done():
-                _copy(run, landed)
         loaded.release()
 
-    def _count(self, loaded: Loaded, run: Future[_Run]) -> None:
+    def _count(self, loaded: Loaded, inputs: Mapping[str, Array], run: Future[_Run]) -> None:
         error = run.exception()
         if error is None:
-            loaded.answered(run.result()[0])
+            loaded.learn(inputs)
+            loaded.answered(inputs, run.result()[0])
         elif isinstance(error, EngineFailure):
             loaded.failed()
 
@@ -147,7 +194,7 @@ class Local:
         )
 
     async def close(self) -> None:
-        """Accept no more runs and wait for those under way, at most 10 s."""
+        """Accept no more runs, refuse those that have not begun and wait for those under way, at most 10 s."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._waiting:
             self._idle.clear()
@@ -204,13 +251,27 @@ def _wanted(loaded: Loaded, outputs: Sequence[str]) -> Sequence[str]:
     return tuple(dict.fromkeys((*outputs, rule.output) if rule else outputs))
 
 
-def _timed(session: Session, inputs: Mapping[str, Array], names: Sequence[str], clock: Callable[[], float]) -> _Run:
+def _timed(loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], clock: Callable[[], float]) -> _Run:
     start = clock()
-    outputs = session.run(inputs, names)
+    try:
+        outputs = loaded.session.run(inputs, names)
+    except EngineFailure as error:
+        loaded.refuse(error)
+        raise
     return outputs, start, clock()
 
 
+def _processor_seconds(loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str]) -> float:
+    """Of this thread alone: other work on the machine does not count."""
+    start = time.thread_time()
+    loaded.session.run(inputs, names)
+    return time.thread_time() - start
+
+
 def _copy(run: Future[_Run], landed: asyncio.Future[_Run]) -> None:
+    if run.cancelled():
+        landed.set_exception(NotReady(STOPPING))
+        return
     error = run.exception()
     if error is None:
         landed.set_result(run.result())

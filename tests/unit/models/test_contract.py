@@ -15,6 +15,7 @@ from models.contract import bind, check_golden, is_finite, load_golden
 from models.engines import EngineOptions
 from models.engines.onnx import OnnxEngine
 from models.errors import ContractBreach
+from models.manifest import Confidence
 from models.tensor import TensorSpec
 
 X = np.ones((2, 4), np.float32)
@@ -125,6 +126,33 @@ def npz(**arrays: Any) -> bytes:
     return file.getvalue()
 
 
+def damaged_deflate() -> bytes:
+    """The first array's compressed bytes, after its 30-byte local header, name and extra field, do not unpack."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **{"in.x": X, "out.y": X})
+    data = bytearray(file.getvalue())
+    start = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+    data[start : start + 2] = b"\xff\xff"
+    return bytes(data)
+
+
+def flagged(flag: int, method: int) -> bytes:
+    """A .npz whose directory and first member claim this flag and compression method."""
+    data = bytearray(npz(**{"in.x": X, "out.y": X}))
+    for start in (0, data.index(b"PK\x01\x02") + 2):
+        data[start + 6] = flag
+        data[start + 8] = method
+    return bytes(data)
+
+
+def no_array() -> bytes:
+    """A member that is not a .npy: numpy hands out its bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("in.x", b"text")
+    return file.getvalue()
+
+
 def huge_header() -> bytes:
     """A .npy that claims 2^46 bytes and holds none."""
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (17592186044416, 4), }".ljust(117) + b"\n"
@@ -141,13 +169,31 @@ def huge_header() -> bytes:
         (b"", "cannot be read"),
         (npz(**{"in.x": X, "out.y": X})[:-40], "cannot be read"),
         (huge_header(), "cannot be read"),
+        (damaged_deflate(), "cannot be read"),
+        (flagged(1, 0), "cannot be read.*encrypted"),
+        (flagged(0, 97), "cannot be read.*compression"),
+        (no_array(), "cannot be read"),
         (npz(**{"in.x": np.array([object()]), "out.y": X}), "cannot be read"),
         (npz(**{"in.x": X}), r"'out\.\*' arrays are none; the manifest says y"),
         (npz(**{"in.x": X, "in.z": X, "out.y": X}), r"'in\.\*' arrays are x, z"),
         (npz(**{"in.x": X.astype(np.float64), "out.y": X}), "golden input 'x': expected datatype FP32, got FP64"),
         (npz(**{"in.x": X[:, :3], "out.y": X}), "golden input 'x': expected shape"),
     ],
-    ids=["text", "empty", "cut", "huge", "pickle", "no output", "extra", "dtype", "shape"],
+    ids=[
+        "text",
+        "empty",
+        "cut",
+        "huge",
+        "deflate",
+        "encrypted",
+        "method",
+        "no array",
+        "pickle",
+        "no output",
+        "extra",
+        "dtype",
+        "shape",
+    ],
 )
 def test_a_golden_file_that_cannot_be_used_is_a_breach(tmp_path: Path, data: bytes, reason: str) -> None:
     package = scale_package(tmp_path, 2.0)
@@ -177,3 +223,27 @@ def test_a_golden_file_that_unpacks_beyond_the_limit_is_refused(
 )
 def test_only_floats_can_be_not_finite(array: Any, finite: bool) -> None:
     assert is_finite(array) is finite
+
+
+def test_golden_text_that_is_not_utf8_is_a_breach(onnx_model: OnnxWriter) -> None:
+    model = onnx_model("identity", datatype="BYTES")
+    text = np.array([[b"\xff"] * 4])
+    package = write_package(model, {"x": text}, {"y": text})
+    session = OnnxEngine().load(model, EngineOptions())
+    with pytest.raises(ContractBreach, match="the golden inputs fail: input 'x'"):
+        check_golden(session, package.manifest, load_golden(package.golden, package.manifest), 0.0)
+
+
+@pytest.mark.parametrize(("scores", "reason"), [(X, None), (X * 1.0005, None), (X * 7, "0 to 7"), (-X, "-1 to 0")])
+def test_confidence_is_only_read_from_shares(onnx_model: OnnxWriter, scores: Any, reason: str | None) -> None:
+    model = onnx_model("identity")
+    package = write_package(model, {"x": scores}, {"y": scores}, confidence=Confidence("y"))
+    session = OnnxEngine().load(model, EngineOptions())
+    golden = load_golden(package.golden, package.manifest)
+    if reason is None:
+        check_golden(session, package.manifest, golden, 0.0)
+        return
+    with pytest.raises(
+        ContractBreach, match=f"output 'y': confidence is read from it, but it holds {reason}, not 0 to 1"
+    ):
+        check_golden(session, package.manifest, golden, 0.0)

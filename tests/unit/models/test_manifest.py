@@ -55,6 +55,16 @@ def test_a_manifest_survives_the_round_trip() -> None:
         (replace(GOOD, confidence=Confidence("logits")), "confidence.output"),
         (replace(GOOD, confidence=Confidence("probabilities", "entropy")), "confidence.method"),
         (replace(GOOD, confidence=Confidence("probabilities", "max", 2.0)), "confidence.threshold"),
+        *(
+            (replace(GOOD, outputs=(TensorSpec("probabilities", datatype, shape),)), f"confidence.output: .*{reason}")
+            for datatype, shape, reason in (
+                ("BYTES", (-1, 10), "is BYTES"),
+                ("BOOL", (-1, 10), "is BOOL"),
+                ("UINT8", (-1, 10), "is UINT8"),
+                ("FP32", (), r"has shape \[\]"),
+                ("FP32", (-1,), r"has shape \[-1\]"),
+            )
+        ),
         (replace(GOOD, contract=Contract(accuracy=99.0)), "contract.accuracy"),
     ],
 )
@@ -89,6 +99,8 @@ def test_the_publishers_order_of_variants_is_kept() -> None:
         ("max", [[float("nan"), 0.5]], 0.0),
         ("max", [[float("inf"), 0.5]], 0.0),
         ("max", np.zeros((0, 10)), 0.0),
+        ("max", 0.7, 0.0),
+        ("margin", 0.7, 0.0),
     ],
 )
 def test_confidence_is_the_least_confident_row_and_fails_closed(method: str, scores: object, expected: float) -> None:
@@ -99,3 +111,8 @@ def test_confidence_is_the_least_confident_row_and_fails_closed(method: str, sco
 def test_without_a_rule_there_is_no_confidence_and_without_the_output_there_is_none_at_all() -> None:
     assert confidence_of(None, {}) is None
     assert confidence_of(Confidence("p"), {}) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(10,), (-1, 10), (-1, -1), (-1, 4, 10)])
+def test_confidence_is_read_along_an_axis_of_classes(shape: tuple[int, ...]) -> None:
+    check_manifest(replace(GOOD, outputs=(TensorSpec("probabilities", "FP16", shape),)))

@@ -65,8 +65,9 @@ def test_an_unaligned_read_only_view_of_a_request_body_is_accepted(onnx_model: O
 
 def test_text_that_is_not_utf8_is_the_callers_fault(onnx_model: OnnxWriter) -> None:
     session = load(onnx_model("identity", datatype="BYTES", shape=("n",)))
-    with pytest.raises(InvalidRequest, match=r"input 'x'.*UTF-8"):
-        session.run({"x": np.array([b"\xff"], dtype=np.object_)}, ())
+    for item in (b"\xff", "\ud800"):
+        with pytest.raises(InvalidRequest, match=r"input 'x'.*element 0 is not UTF-8"):
+            session.run({"x": np.array([item], dtype=np.object_)}, ())
 
 
 @pytest.mark.parametrize("damage", [b"garbage", b"", None])
@@ -90,4 +91,33 @@ def test_closing_twice_is_harmless_and_a_run_afterwards_is_refused(onnx_model: O
     session.close()
     session.close()
     with pytest.raises(EngineFailure, match="closed"):
+        session.run({"x": np.ones((1, 4), np.float32)}, ())
+
+
+@pytest.mark.parametrize(
+    ("item", "kind"), [(10**12, "int"), (-1, "int"), (None, "NoneType"), (1.5, "float"), (["a"], "list")]
+)
+def test_a_text_element_that_is_neither_bytes_nor_text_is_refused_by_its_index(
+    onnx_model: OnnxWriter, item: object, kind: str
+) -> None:
+    session = load(onnx_model("identity", datatype="BYTES", shape=("n",)))
+    array = np.array([b"a", None], dtype=np.object_)
+    array[1] = item
+    with pytest.raises(InvalidRequest, match=f"input 'x': element 1 is a {kind}, expected bytes or text"):
+        session.run({"x": array}, ())
+
+
+def test_text_may_be_any_kind_of_bytes_or_a_str(onnx_model: OnnxWriter) -> None:
+    session = load(onnx_model("identity", datatype="BYTES", shape=("n",)))
+    array = np.array([b"a", bytearray(b"b"), memoryview(b"c"), "d"], dtype=np.object_)
+    assert session.run({"x": array}, ())[0].tolist() == [b"a", b"b", b"c", b"d"]
+
+
+def test_a_failing_run_says_so_on_one_line(onnx_model: OnnxWriter) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    session = load(onnx_model("scale"))
+    session._run = fail
+    with pytest.raises(EngineFailure, match=r"^onnxruntime: first$"):
         session.run({"x": np.ones((1, 4), np.float32)}, ())

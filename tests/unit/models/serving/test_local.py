@@ -11,6 +11,7 @@ from session_fake import FakeSession, loaded
 
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotFound, NotReady, Overloaded
 from models.manifest import Confidence
+from models.serving.loaded import Identity, Loaded
 from models.serving.local import Local
 from models.serving.predictor import InferRequest
 from models.serving.repository import Repository
@@ -226,3 +227,137 @@ async def test_a_stopped_tier_says_so(repository: Repository, local: Local) -> N
     await local.close()
     with pytest.raises(NotReady, match="stopping"):
         await local.infer(request())
+
+
+async def test_runs_that_wait_for_a_thread_are_refused_when_the_tier_stops(
+    repository: Repository, local: Local
+) -> None:
+    session = FakeSession()
+    session.gate.clear()
+    repository.install({"m": {"1": loaded(session)}})
+    first, second = (asyncio.create_task(local.infer(request())) for _ in range(2))
+    await asyncio.to_thread(session.started.acquire, timeout=5)
+    closing = asyncio.create_task(local.close())
+    with pytest.raises(NotReady, match="stopping"):
+        await asyncio.wait_for(second, 5)
+    session.gate.set()
+    await closing
+    assert (await first).version == "1"
+    assert len(session.asked) == 1
+
+
+# --- whose fault ---------------------------------------------------------------------------------------------------
+
+
+class Picky(FakeSession):
+    """Refuses negative inputs, as a table's lookup does an index it does not have."""
+
+    def run(self, inputs: Mapping[str, Any], outputs: Any) -> list[Any]:
+        if inputs["x"].min() < 0:
+            raise EngineFailure("engine: index -1 is out of bounds")
+        return super().run(inputs, outputs)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_inputs_that_the_engine_refuses_are_the_callers_fault_and_do_not_count(
+    repository: Repository, local: Local, inline: bool
+) -> None:
+    session = Picky()
+    made = Loaded(Identity("fake", "1", "fake"), session, sample={"x": ROW})
+    made.inline_elements = 100 if inline else 0
+    repository.install({"m": {"1": made}})
+    for _ in range(10):
+        with pytest.raises(InvalidRequest, match="the model refuses these inputs: engine: index -1"):
+            await local.infer(request(inputs={"x": -ROW}))
+    assert (made.answers, made.failures, made.in_flight) == (0, 0, 0)
+    assert repository.verdict() == "undecided"
+    assert (await local.infer(request())).version == "1"
+
+
+async def test_an_unmeasured_model_is_judged_by_the_first_inputs_it_answered(
+    repository: Repository, local: Local
+) -> None:
+    made = loaded(Picky())
+    repository.install({"m": {"1": made}})
+    for _ in range(2):
+        with pytest.raises(EngineFailure):
+            await local.infer(request(inputs={"x": -ROW}))
+    await local.infer(request())
+    with pytest.raises(InvalidRequest, match="refuses these inputs"):
+        await local.infer(request(inputs={"x": -ROW}))
+    assert (made.answers, made.failures) == (3, 2)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_callers_who_send_nan_do_not_make_a_version_bad(
+    repository: Repository, local: Local, inline: bool
+) -> None:
+    session = FakeSession(np.nan)
+    repository.install({"m": {"1": loaded(session, inline=inline)}})
+    for _ in range(10):
+        await local.infer(request(inputs={"x": ROW * np.nan}))
+    assert repository.verdict() == "undecided"
+    for _ in range(5):
+        await local.infer(request())
+    assert repository.verdict().startswith("bad")
+
+
+# --- cost in the values --------------------------------------------------------------------------------------------
+
+
+class Spinning(FakeSession):
+    """Takes as many seconds of processor time as the first element of its input says."""
+
+    def run(self, inputs: Mapping[str, Any], outputs: Any) -> list[Any]:
+        end = time.thread_time() + float(inputs["x"].flat[0])
+        while time.thread_time() < end:
+            pass
+        return super().run(inputs, outputs)
+
+
+@pytest.mark.parametrize("seconds", [0.003, 0.03])
+async def test_a_model_whose_cost_is_in_the_values_leaves_the_loop_for_good(
+    repository: Repository, local: Local, seconds: float
+) -> None:
+    session = Spinning()
+    made = loaded(session, inline=True)
+    repository.install({"m": {"1": made}})
+    await local.infer(request(inputs={"x": ROW * np.float32(seconds)}))
+    assert await asyncio.to_thread(session.started.acquire, timeout=5)
+    await local.close()
+    assert not made.inline
+    assert (made.answers, made.in_flight) == (1, 0)
+
+
+async def test_nothing_enters_the_loop_after_a_long_stall_until_it_is_understood(
+    repository: Repository, local: Local
+) -> None:
+    session = Spinning()
+    made = loaded(session, inline=True)
+    repository.install({"m": {"1": made}})
+    at_once(local, request(inputs={"x": ROW * np.float32(0.03)}))
+    assert not made.inline
+    await local.infer(request(inputs={"x": ROW * 0}))
+    assert session.threads[-1] != "MainThread"
+
+
+@pytest.mark.parametrize("stall", [0.002, 5.0])
+async def test_a_busy_machine_does_not_drive_a_fast_model_out_of_the_loop(repository: Repository, stall: float) -> None:
+    made = loaded(FakeSession(), inline=True)
+    repository.install({"m": {"1": made}})
+    times = iter([0.0, 0.0, stall])
+    local = Local(repository, "edge", clock=lambda: next(times))
+    await local.infer(request())
+    await local.close()
+    assert made.inline_elements == 1 << 20
+
+
+async def test_a_run_in_the_loop_that_ends_after_the_deadline_is_no_answer(repository: Repository) -> None:
+    made = loaded(FakeSession(), inline=True)
+    repository.install({"m": {"1": made}})
+    times = iter([0.0, 0.0, 0.2])
+    local = Local(repository, "edge", clock=lambda: next(times))
+    with pytest.raises(DeadlineExceeded, match=r"'m' took 200\.0 ms, longer than was left"):
+        await local.infer(request(deadline=0.1))
+    await local.close()
+    assert made.answers == 1

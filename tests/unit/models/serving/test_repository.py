@@ -76,14 +76,14 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 async def test_a_desired_document_is_probed_loaded_and_served(repository: Repository, tmp_path: Path) -> None:
     assert not repository.is_settled()
-    package = scale_package(tmp_path, 2.0, confidence=Confidence("y", threshold=0.7))
+    package = scale_package(tmp_path, 0.0625, confidence=Confidence("y", threshold=0.7))
     body, blobs = desired_body(m=package)
     assert set(repository.plan(body, {"engines": ["onnx"]})) == set(blobs)
     token = await repository.prepare(body, blobs)
     assert repository.names() == []
     await repository.commit(token)
     assert repository.is_settled()
-    assert await answer(repository) == 2.0
+    assert await answer(repository) == 0.0625
     assert repository.running() == {"m": "scale/1"}
     description = repository.describe("m", None)
     assert (description.package, description.versions, description.platform) == ("scale", ("1",), "onnx_fp32")
