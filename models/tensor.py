@@ -40,6 +40,8 @@ MAX_ELEMENTS = 1 << 28
 """Most elements one tensor may have (268 million). Checked before anything is allocated."""
 MAX_RANK = 16
 """Most dimensions one tensor may have; every engine we carry stops earlier."""
+MAX_BYTES_ELEMENTS = 1 << 16
+"""Most BYTES elements of one request or answer. Each is a Python object of its own: reading this many takes some 25 ms."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,12 +69,16 @@ def element_count(shape: Sequence[int], where: str) -> int:
     """
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"{where}: shape has {len(shape)} dimensions, at most {MAX_RANK} are accepted")
-    for dim in shape:
+    for axis, dim in enumerate(shape):
+        # Named by its index alone: a number of thousands of digits has no text form in Python.
         if dim < 0:
-            raise InvalidRequest(f"{where}: shape {list(shape)} has a negative dimension")
+            raise InvalidRequest(f"{where}: axis {axis} of the shape is a negative dimension")
+        if dim > MAX_ELEMENTS:
+            raise TooLarge(f"{where}: axis {axis} of the shape has more than {MAX_ELEMENTS} elements")
     count = prod(shape)
-    if count > MAX_ELEMENTS:
-        raise TooLarge(f"{where}: shape {list(shape)} has {count} elements, at most {MAX_ELEMENTS} are accepted")
+    # An empty tensor's other dimensions must still multiply to something that numpy can express.
+    if count > MAX_ELEMENTS or (count == 0 and prod(dim or 1 for dim in shape) > MAX_ELEMENTS):
+        raise TooLarge(f"{where}: shape {list(shape)} spans more than {MAX_ELEMENTS} elements")
     return count
 
 
@@ -92,19 +98,37 @@ def shape_allows(wanted: Sequence[int], shape: Sequence[int]) -> bool:
     return all(want in (-1, got) for want, got in zip(wanted, shape, strict=True))
 
 
-def encode_bytes(array: Array) -> bytes:
-    """BYTES tensor to its wire form. Elements may be `bytes` or `str` (sent as UTF-8)."""
+def encode_bytes(array: Array, where: str) -> bytes:
+    """BYTES tensor (dtype object, str or bytes) to its wire form. Raises InvalidRequest for an element that is no text."""
     parts = []
-    for element in array.reshape(-1):
-        data = element.encode() if isinstance(element, str) else bytes(element)
+    for index, element in enumerate(array.reshape(-1)):
+        data = bytes_of(element, where, index)
         parts.append(struct.pack("<I", len(data)))
         parts.append(data)
     return b"".join(parts)
 
 
+def bytes_of(element: object, where: str, index: int) -> bytes:
+    """One BYTES element, `str` as UTF-8. Raises InvalidRequest, naming the element, for anything but text and bytes."""
+    if isinstance(element, str):
+        try:
+            return element.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{where}: element {index} holds half of a character and has no UTF-8 form") from error
+    # Not bytes(anything): of an integer it makes that many zeros.
+    if isinstance(element, bytes | bytearray | memoryview):
+        return bytes(element)
+    raise InvalidRequest(f"{where}: element {index} is of type {type(element).__name__}, neither text nor bytes")
+
+
 def decode_bytes(data: bytes | memoryview, count: int, where: str) -> Array:
-    """Wire form of a BYTES tensor to an object array [count] of `bytes`. Raises InvalidRequest when lengths do not add up."""
+    """Wire form of a BYTES tensor to an object array [count] of `bytes`.
+
+    Raises InvalidRequest when lengths do not add up, or TooLarge.
+    """
     view = memoryview(data)
+    if count > MAX_BYTES_ELEMENTS:
+        raise TooLarge(f"{where}: more than {MAX_BYTES_ELEMENTS} BYTES elements are not accepted at once")
     # Every element costs at least its length prefix: checked before the array is made.
     if count * 4 > len(view):
         raise InvalidRequest(f"{where}: {count} BYTES elements need at least {count * 4} bytes, got {len(view)}")

@@ -12,11 +12,33 @@ from typing import Any
 import msgspec
 import orjson
 
-from models.errors import InvalidRequest
-from models.serving.codec_tensor import DECODE_ERRORS, decode_json, encode_binary, view_binary
+from models.errors import InvalidRequest, TooLarge
+from models.serving.codec_tensor import (
+    DECODE_ERRORS,
+    View,
+    decode_json,
+    encode_binary,
+    view_again,
+    view_binary,
+    view_of,
+)
 from models.serving.predictor import InferRequest, InferResponse
-from models.tensor import Array, datatype_of
+from models.tensor import MAX_BYTES_ELEMENTS, Array, bytes_of, datatype_of
 
+MAX_JSON_BYTES = 4 * 1024 * 1024
+"""Most JSON in one request. JSON is decoded in the event loop, where every other caller waits for it."""
+MAX_JSON_VALUES = 1 << 19
+"""Most values in that JSON, counted by its commas: reading this many takes some 40 ms."""
+MAX_JSON_CONTAINERS = 1 << 16
+"""Most lists and objects in that JSON, counted by their brackets: reading this many takes some 30 ms."""
+MAX_INPUTS = 256
+"""Most inputs of one request; no model has nearly as many."""
+MAX_HEADS = 256
+"""Most request heads that are remembered at once; a caller that varies them must not grow this without end."""
+MAX_HEAD_BYTES = 2048
+"""Longest request head that is remembered."""
+
+_INSTEAD = "send the tensors as binary data, or fewer at once"
 _NO_SHARED_MEMORY = "shared memory regions are not supported, send the data in the body"
 
 
@@ -81,15 +103,33 @@ class _Response(msgspec.Struct):
     outputs: list[_Tensor]
 
 
-_DECODER = msgspec.json.Decoder(_Request)
-_ENCODER = msgspec.json.Encoder()
-
-
 class OutputForm(msgspec.Struct, frozen=True):
     """Which outputs the caller wants as binary data: `binary` unless `by_name` says otherwise."""
 
     binary: bool
     by_name: Mapping[str, bool] = {}
+
+
+class _Head(msgspec.Struct):
+    """What a request's JSON says; of one that may come again, also where its tensors lie in a body of `body_bytes`."""
+
+    tensors: list[_Input]
+    id: str | None
+    outputs: tuple[str, ...]
+    form: OutputForm
+    min_confidence: float | None
+    priority: int
+    parameters: dict[str, Any]
+    body_bytes: int = 0
+    views: list[View] = []
+
+
+_DECODER = msgspec.json.Decoder(_Request)
+_ENCODER = msgspec.json.Encoder()
+
+
+Heads = dict[bytes, _Head]
+"""Heads of binary requests that came before: a program sends the same one again and again, with other numbers after it."""
 
 
 def decode_request(
@@ -100,34 +140,39 @@ def decode_request(
     version: str | None = None,
     deadline: float | None = None,
     trace: str | None = None,
+    heads: Heads | None = None,
 ) -> tuple[InferRequest, OutputForm]:
     """An infer request. `header_length`: bytes of JSON before the binary data, None = all of the body is JSON.
 
-    Input arrays are read-only views of `body` where they were sent as binary data. Raises InvalidRequest or TooLarge,
-    naming the tensor or field.
+    `heads`: what earlier calls have remembered, starts empty, bounded; without it nothing is remembered. Input arrays are
+    read-only views of `body` where they were sent as binary data. Raises InvalidRequest or TooLarge, naming the tensor or
+    field.
     """
     if header_length is None:
         header_length = len(body)
     elif not 0 < header_length <= len(body):
         raise InvalidRequest(f"inference-header-content-length is {header_length}, the body has {len(body)} bytes")
-    try:
-        wire = _DECODER.decode(body[:header_length])
-    except DECODE_ERRORS as error:
-        raise InvalidRequest(f"request is not valid: {error}") from error
-    parameters = wire.parameters
-    outputs, form = _wanted(wire.outputs, parameters)
+    text = body[:header_length]
+    head = None if heads is None or header_length > MAX_HEAD_BYTES else heads.get(text)
+    if head is not None and head.body_bytes == len(body):
+        inputs = view_again(body, head.views)
+    else:
+        head = _read_head(text)
+        inputs = _inputs(head.tensors, body, header_length)
+        if heads is not None:
+            _remember(heads, text, head, len(body))
     return InferRequest(
         model=model,
-        inputs=_inputs(wire.inputs, body, header_length),
+        inputs=inputs,
         version=version,
-        outputs=outputs,
+        outputs=head.outputs,
         deadline=deadline,
-        min_confidence=_min_confidence(parameters) if parameters else None,
-        priority=_priority(parameters) if parameters else 0,
+        min_confidence=head.min_confidence,
+        priority=head.priority,
         trace=trace,
-        id=wire.id,
-        parameters=parameters,
-    ), form
+        id=head.id,
+        parameters=head.parameters,
+    ), head.form
 
 
 def encode_response(answer: InferResponse, form: OutputForm, request_id: str | None) -> tuple[list[bytes], int | None]:
@@ -139,7 +184,7 @@ def encode_response(answer: InferResponse, form: OutputForm, request_id: str | N
     parts = [b""]
     for name, array in answer.outputs.items():
         if form.by_name.get(name, form.binary):
-            data = encode_binary(array)
+            data = encode_binary(array, f"output '{name}'")
             parts.append(data)
             tensors.append(_Tensor(name, datatype_of(array.dtype), array.shape, _BinarySize(len(data))))
         else:
@@ -157,8 +202,53 @@ def encode_response(answer: InferResponse, form: OutputForm, request_id: str | N
     return parts, (len(head) if len(parts) > 1 else None)
 
 
+def _read_head(text: bytes) -> _Head:
+    if len(text) > MAX_JSON_CONTAINERS:  # a shorter one is below every limit
+        _check_size(text)
+    try:
+        wire = _DECODER.decode(text)
+    except DECODE_ERRORS as error:
+        raise InvalidRequest(f"request is not valid: {error}") from error
+    if len(wire.inputs) > MAX_INPUTS:
+        raise TooLarge(f"the request has {len(wire.inputs)} inputs, at most {MAX_INPUTS} are accepted")
+    parameters = wire.parameters
+    outputs, form = _wanted(wire.outputs, parameters)
+    confidence = _min_confidence(parameters) if parameters else None
+    priority = _priority(parameters) if parameters else 0
+    return _Head(wire.inputs, wire.id, outputs, form, confidence, priority, parameters)
+
+
+def _check_size(text: bytes) -> None:
+    if len(text) > MAX_JSON_BYTES:
+        raise TooLarge(f"{len(text)} bytes of JSON, at most {MAX_JSON_BYTES} are accepted: {_INSTEAD}")
+    if text.count(b",") >= MAX_JSON_VALUES:
+        raise TooLarge(f"more than {MAX_JSON_VALUES} values in JSON: {_INSTEAD}")
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:
+        raise TooLarge(f"more than {MAX_JSON_CONTAINERS} lists and objects in JSON: {_INSTEAD}")
+
+
+def _remember(heads: Heads, text: bytes, head: _Head, body_bytes: int) -> None:
+    # An id is new in every request: such a head does not come again.
+    if head.id is not None or len(text) > MAX_HEAD_BYTES:
+        return
+    offset = len(text)
+    views = []
+    for tensor in head.tensors:
+        size = tensor.parameters.binary_data_size or 0
+        view = view_of(tensor.name, tensor.datatype, tensor.shape, offset, size)
+        if view is None:
+            return
+        views.append(view)
+        offset += size
+    head.views, head.body_bytes = views, body_bytes
+    if len(heads) >= MAX_HEADS:
+        heads.clear()
+    heads[text] = head
+
+
 def _inputs(tensors: list[_Input], body: bytes, offset: int) -> dict[str, Array]:
     inputs: dict[str, Array] = {}
+    texts = 0
     for tensor in tensors:
         name = tensor.name
         where = f"input '{name}'"
@@ -172,11 +262,17 @@ def _inputs(tensors: list[_Input], body: bytes, offset: int) -> dict[str, Array]
             if tensor.data is msgspec.UNSET:
                 raise InvalidRequest(f"{where} has neither data nor the parameter binary_data_size")
             inputs[name] = decode_json(tensor.data, tensor.datatype, tensor.shape, where)
-            continue
-        if tensor.data is not msgspec.UNSET:
+        elif tensor.data is not msgspec.UNSET:
             raise InvalidRequest(f"{where} has both data and the parameter binary_data_size")
-        inputs[name] = view_binary(body, offset, size, tensor.datatype, tensor.shape, where)
-        offset += size
+        else:
+            inputs[name] = view_binary(body, offset, size, tensor.datatype, tensor.shape, where)
+            offset += size
+        if tensor.datatype == "BYTES":
+            texts += inputs[name].size
+            if texts > MAX_BYTES_ELEMENTS:
+                raise TooLarge(
+                    f"{where}: more than {MAX_BYTES_ELEMENTS} BYTES elements are not accepted in one request"
+                )
     if offset != len(body):
         raise InvalidRequest(f"{len(body) - offset} bytes of the body belong to no input")
     return inputs
@@ -226,7 +322,8 @@ def _json_tensor(name: str, array: Array) -> _Tensor:
     datatype = datatype_of(array.dtype)
     data: msgspec.Raw | list[str]
     if datatype == "BYTES":
-        data = [_text(name, element) for element in array.reshape(-1)]
+        where = f"output '{name}'"
+        data = [_text(element, where, index) for index, element in enumerate(array.reshape(-1))]
     elif datatype == "FP16":
         raise InvalidRequest(f"output '{name}' is FP16, which has no JSON form: ask for it with binary_data true")
     else:
@@ -238,12 +335,10 @@ def _json_tensor(name: str, array: Array) -> _Tensor:
     return _Tensor(name, datatype, array.shape, data=data)
 
 
-def _text(name: str, element: bytes | str) -> str:
-    if isinstance(element, str):
-        return element
+def _text(element: object, where: str, index: int) -> str:
     try:
-        return bytes(element).decode()
+        return bytes_of(element, where, index).decode()
     except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"output '{name}' is not UTF-8 text, which JSON needs: ask for it with binary_data true"
+            f"{where} is not UTF-8 text, which JSON needs: ask for it with binary_data true"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from models.errors import InvalidRequest, Unreachable
+from models.errors import CallerError, InvalidRequest, Unreachable
 from models.serving.codec_tensor import DECODE_ERRORS, decode_json, encode_binary, view_binary
 from models.serving.predictor import InferRequest, InferResponse
 from models.tensor import Array, datatype_of
@@ -52,11 +52,11 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def encode_request(request: InferRequest) -> list[bytes]:
-    """The body in parts: its JSON first, then one part for each input. Raises InvalidRequest for an impossible dtype."""
+    """The body in parts: its JSON first, then one part for each input. Raises InvalidRequest for what cannot be sent."""
     parts = [b""]
     inputs = []
     for name, array in request.inputs.items():
-        data = encode_binary(array)
+        data = encode_binary(array, f"input '{name}'")
         parts.append(data)
         inputs.append(
             {
@@ -73,7 +73,7 @@ def encode_request(request: InferRequest) -> list[bytes]:
         head["outputs"] = [{"name": name} for name in request.outputs]
     try:
         encoded = _ENCODER.encode(head)
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, UnicodeEncodeError, RecursionError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}") from error
     parts[0] = encoded + b" " * (-len(encoded) % _ALIGNMENT)
     return parts
@@ -89,7 +89,7 @@ def decode_response(body: bytes, header_length: int | None, request: InferReques
     try:
         wire = _DECODER.decode(body[:header_length])
         outputs = _outputs(wire.outputs, body, header_length)
-    except (*DECODE_ERRORS, InvalidRequest) as error:
+    except (*DECODE_ERRORS, CallerError) as error:
         raise Unreachable(f"the {tier} tier did not answer in the Open Inference Protocol: {error}") from error
     marks = wire.parameters
     return InferResponse(

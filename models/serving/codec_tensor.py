@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from models.errors import InvalidRequest
-from models.tensor import DTYPES, Array, datatype_of, decode_bytes, element_count, encode_bytes
+from models.tensor import DTYPES, Array, bytes_of, datatype_of, decode_bytes, element_count, encode_bytes
 
 _FP32_END = 2.0**128 - 2.0**103
 """The smallest number that rounds to infinity in binary32 (IEEE 754, round to nearest even)."""
@@ -30,6 +30,9 @@ _ELEMENTS: dict[str, Any] = dict.fromkeys(DTYPES, int) | {
 _NESTED = re.compile(rb"\s*\[\s*\[")
 # A tensor starts wherever the JSON before it ends. x86 reads unaligned numbers at full speed, other processors may trap.
 _READS_UNALIGNED = platform.machine() in ("x86_64", "AMD64")
+
+View = tuple[str, tuple[int, ...], np.dtype[Any], int]
+"""A tensor's name, shape and dtype, and where in the body its bytes begin."""
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not the JSON that was asked for: wrong type, broken UTF-8, absurd nesting."""
@@ -50,7 +53,7 @@ def decode_json(raw: msgspec.Raw, datatype: str, shape: Sequence[int], where: st
     if len(values) != count:
         raise InvalidRequest(f"{where}: shape {list(shape)} needs {count} elements, data has {len(values)}")
     if datatype == "BYTES":
-        values = [value.encode() for value in values]
+        values = [bytes_of(value, where, index) for index, value in enumerate(values)]
     try:
         return np.array(values, dtype).reshape(shape)
     except OverflowError as error:
@@ -60,7 +63,7 @@ def decode_json(raw: msgspec.Raw, datatype: str, shape: Sequence[int], where: st
 def view_binary(body: bytes, offset: int, size: int, datatype: str, shape: Sequence[int], where: str) -> Array:
     """`size` bytes of `body` from `offset` on as a read-only array of `shape`, without a copy (except BYTES).
 
-    Raises InvalidRequest unless size and shape agree exactly and the bytes are there.
+    Raises InvalidRequest unless size and shape agree exactly and the bytes are there, or TooLarge.
     """
     dtype = _dtype(datatype, where)
     count = element_count(shape, where)
@@ -74,7 +77,7 @@ def view_binary(body: bytes, offset: int, size: int, datatype: str, shape: Seque
         )
     if count == 0:
         return np.empty(shape, dtype)
-    if datatype == "BOOL" and body[offset : offset + size].translate(None, b"\0\1"):
+    if datatype == "BOOL" and np.frombuffer(body, np.uint8, count, offset).max() > 1:
         raise InvalidRequest(f"{where}: a BOOL byte is neither 0 nor 1")
     array = np.frombuffer(body, dtype, count, offset).reshape(shape)
     if not _READS_UNALIGNED and not array.flags.aligned:
@@ -82,10 +85,23 @@ def view_binary(body: bytes, offset: int, size: int, datatype: str, shape: Seque
     return array
 
 
-def encode_binary(array: Array) -> bytes:
-    """The binary form of any array the protocol can express, row-major and little-endian."""
-    if array.dtype == np.object_:
-        return encode_bytes(array)
+def view_of(name: str, datatype: str, shape: Sequence[int], offset: int, size: int) -> View | None:
+    """The view for `view_again` of a tensor that `view_binary` accepted. None when its bytes must be looked at each time."""
+    dtype = DTYPES[datatype]
+    # The data of a bytes object begins aligned for every datatype.
+    aligned = _READS_UNALIGNED or offset % dtype.itemsize == 0
+    return (name, tuple(shape), dtype, offset) if size and aligned and datatype not in ("BOOL", "BYTES") else None
+
+
+def view_again(body: bytes, views: Sequence[View]) -> dict[str, Array]:
+    """Read-only arrays of a body laid out exactly as the one that `views` was made for."""
+    return {name: np.ndarray(shape, dtype, body, offset) for name, shape, dtype, offset in views}
+
+
+def encode_binary(array: Array, where: str) -> bytes:
+    """The binary form, row-major and little-endian. Raises InvalidRequest for what the protocol cannot express."""
+    if array.dtype.kind in "OSU":
+        return encode_bytes(array, where)
     return array.astype(DTYPES[datatype_of(array.dtype)], copy=False).tobytes()
 
 
@@ -129,7 +145,8 @@ def _flatten(values: list[Any], shape: Sequence[int], where: str) -> list[Any]:
 
 def _out_of_range(values: list[int], datatype: str, shape: Sequence[int]) -> str:
     limits = np.iinfo(DTYPES[datatype])
-    index = next(index for index, value in enumerate(values) if not limits.min <= value <= limits.max)
+    worst = max(values)
+    index = values.index(worst if worst > limits.max else min(values))
     place = [int(axis) for axis in np.unravel_index(index, tuple(shape))] if len(shape) > 1 else [index]
     return f"element {place} is {values[index]}, outside {datatype} ({limits.min} to {limits.max})"
 

@@ -16,8 +16,9 @@ import httptools
 from models.errors import InvalidRequest, NotReady, TierlineError, TooLarge
 from models.serving.drive import drive
 from models.serving.exchange import JSON, FileBody, HttpRequest, HttpResponse, error_body, error_response
+from models.serving.http_body import ArrivingBody, body_too_large, head_too_large
 from models.serving.http_file import read_pieces
-from models.serving.http_slot import Slot, answer_head, path_of_absolute
+from models.serving.http_slot import Slot, answer_head, encode_answer, path_of_absolute
 
 if TYPE_CHECKING:
     from models.serving.http import HttpService
@@ -52,11 +53,14 @@ class HttpConnection(asyncio.Protocol):
         self._waiting: deque[Slot] = deque()  # read, not started
         self._phase = _IDLE
         self._since = service.seconds  # when the phase began
-        self._partial = 0  # bytes received of an unfinished head or body
+        self._partial = 0  # bytes received of an unfinished head
+        self._arriving = ArrivingBody(self._parts, self._raw, service.limits)
         self._body_begun = False  # the body's announced length was checked
+        self._continue_due = False  # the client waits for a 100 before it sends the body
         self._large_read = False  # this read could hold a whole head above the limit
         self._feeding = False
-        self._deaf = False  # nothing more is read from this client
+        self._deaf = False  # nothing more is read from this client, its last answer closes the connection
+        self._ended = False  # the client sends no more
         self._lost = False
         self._resuming = False
         self._reading = True
@@ -71,12 +75,11 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._service.draining or len(self._service.connections) >= self._limits.connections:
-            self._service.connections.add(self)
+        full = len(self._service.connections) >= self._limits.connections
+        self._service.connections.add(self)
+        if full or self._service.draining:
             self._refuse(NotReady("this server has all the connections it accepts"))
             self._flush()
-            return
-        self._service.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -107,7 +110,6 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             # No protocol to change to: the request was answered as it is (RFC 9110 7.8), what follows it is not HTTP/1.1.
             self._deaf = True
-            self._last_slot_closes()
         except httptools.HttpParserError as error:
             self._refuse(InvalidRequest(f"malformed HTTP: {error}"))
         finally:
@@ -115,6 +117,14 @@ class HttpConnection(asyncio.Protocol):
         if self._phase != _IDLE and not self._deaf:
             self._check_partial(len(data))
         self._flush()
+
+    def eof_received(self) -> bool:
+        """The client sends no more; it is still read from its side, so it gets what it has asked for (RFC 9112 9.6)."""
+        self._deaf = self._ended = True
+        self._since = self._service.seconds
+        self._parts.clear()
+        self.send()
+        return bool(self._order or self._waiting or self._sending is not None)
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -148,11 +158,11 @@ class HttpConnection(asyncio.Protocol):
         target = self._url[0] if len(self._url) == 1 else b"".join(self._url)
         self._url.clear()
         if len(body) > self._limits.body_bytes:
-            self._refuse(self._body_too_large())
+            self._refuse(body_too_large(self._limits))
             return
         headers = self._headers
         if len(headers) > self._limits.header_count:
-            self._refuse(self._head_too_large())
+            self._refuse(head_too_large(self._limits))
             return
         path, _, query = target.decode("latin-1").partition("?")
         if not path.startswith("/"):
@@ -187,38 +197,33 @@ class HttpConnection(asyncio.Protocol):
     def _check_head(self) -> None:
         size = sum(map(len, self._url)) + sum(len(name) + len(value) for name, value in self._headers.items())
         if size > self._limits.header_bytes:
-            self._refuse(self._head_too_large())
+            self._refuse(head_too_large(self._limits))
 
     def _check_partial(self, received: int) -> None:
         """A head or body has begun and not ended: hold it to the limits before more of it comes."""
         if self._phase == _HEAD:
             self._partial += received
             if self._partial > self._limits.header_bytes or len(self._raw) > self._limits.header_count:
-                self._refuse(self._head_too_large())
+                self._refuse(head_too_large(self._limits))
             return
         if not self._body_begun:
             self._begin_body()
             return
-        self._partial += received
-        if self._partial > self._limits.body_bytes + self._limits.header_bytes:
-            self._refuse(self._body_too_large())
+        try:
+            self._arriving.check(received)
+        except TooLarge as error:
+            self._refuse(error)
 
     def _begin_body(self) -> None:
         self._body_begun = True
-        self._partial = 0
+        self._arriving.begin()
         self._since = self._service.seconds
+        # HTTP/1.0 knows no interim answers.
+        expects = self._headers.get(b"expect", b"").lower() == b"100-continue"
+        self._continue_due = expects and self._parser.get_http_version() != "1.0"
         # llhttp has checked that it is a number that fits 64 bits.
         if int(self._headers.get(b"content-length", b"0")) > self._limits.body_bytes:
-            self._refuse(self._body_too_large())
-        elif self._headers.get(b"expect", b"").lower() == b"100-continue" and not (self._order or self._waiting):
-            self._transport.write(_CONTINUE)
-
-    def _head_too_large(self) -> TooLarge:
-        limits = self._limits
-        return TooLarge(f"request line and headers exceed {limits.header_bytes} bytes or {limits.header_count} headers")
-
-    def _body_too_large(self) -> TooLarge:
-        return TooLarge(f"the body exceeds {self._limits.body_bytes} bytes")
+            self._refuse(body_too_large(self._limits))
 
     def _refuse(self, error: TierlineError, status: int | None = None) -> None:
         """Answer with `error` after the requests before it, then close."""
@@ -229,10 +234,6 @@ class HttpConnection(asyncio.Protocol):
             slot.response.status = status
         slot.linger = True
         self._admit(slot)
-
-    def _last_slot_closes(self) -> None:
-        if self._waiting or self._order:
-            (self._waiting or self._order)[-1].keep_alive = False
 
     # --- answers out -----------------------------------------------------------------------------------------------------
 
@@ -261,30 +262,22 @@ class HttpConnection(asyncio.Protocol):
                 self.send()
                 self._sending = self._service.loop.create_task(self._send_file(slot, response, body, closing))
                 return
-            size += self._encode(slot, response, body, closing, out)
+            size += encode_answer(self._service.date, slot, response, body, closing, out)
             if closing:
                 self._write(out, size)
                 self._close(slot.linger)
                 return
+        if self._continue_due and not order and not self._waiting:
+            self._continue_due = False
+            if self._phase == _BODY and not self._deaf:
+                out.append(_CONTINUE)
         self._write(out, size)
         if self._waiting or not self._reading or not self._writable or len(order) >= self._limits.pipeline:
             self._balance()
 
     def _closes_after(self, slot: Slot) -> bool:
-        return not slot.keep_alive or (self._service.draining and not self._order and not self._waiting)
-
-    def _encode(
-        self, slot: Slot, response: HttpResponse, body: bytes | list[bytes], closing: bool, out: list[bytes]
-    ) -> int:
-        length = len(body) if isinstance(body, bytes) else sum(map(len, body))
-        out.append(answer_head(self._service.date, slot, response, length, closing))
-        if slot.request is not None and slot.request.method == "HEAD":
-            return 0
-        if isinstance(body, bytes):
-            out.append(body)
-        else:
-            out += body
-        return length
+        last = not self._order and not self._waiting
+        return not slot.keep_alive or (last and (self._deaf or self._service.draining))
 
     def _write(self, out: list[bytes], size: int) -> None:
         if not out:
@@ -328,7 +321,7 @@ class HttpConnection(asyncio.Protocol):
             self._order.appendleft(slot)
             closing = False
         self._sending = None
-        if closing:
+        if closing or self._closes_after(slot):
             self._close(linger=False)
         else:
             self._flush()
@@ -347,7 +340,7 @@ class HttpConnection(asyncio.Protocol):
         if room and self._waiting and not self._resuming:
             self._resuming = True
             self._service.loop.call_soon(self._resume)
-        wanted = room and not self._waiting
+        wanted = room and not self._waiting and not self._ended
         if wanted != self._reading:
             self._reading = wanted
             if wanted:
@@ -372,7 +365,10 @@ class HttpConnection(asyncio.Protocol):
             self.abort()
             return
         if self._order or self._waiting or self._sending is not None:
-            self._since = now  # it is our turn
+            if not self._ended:
+                self._since = now  # it is our turn
+            elif now - self._since > self._limits.idle_seconds:
+                self.abort()  # whether it still waits cannot be seen
             return
         age = now - self._since
         if self._deaf:
@@ -398,7 +394,7 @@ class HttpConnection(asyncio.Protocol):
         self._deaf = True
         self._order.clear()
         self._waiting.clear()
-        if linger and self._transport.can_write_eof():
+        if linger and not self._ended and self._transport.can_write_eof():
             self._since = self._service.seconds
             self._transport.write_eof()
         else:

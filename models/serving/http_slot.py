@@ -55,6 +55,21 @@ def answer_head(date: bytes, slot: Slot, response: HttpResponse, length: int, cl
     )
 
 
+def encode_answer(
+    date: bytes, slot: Slot, response: HttpResponse, body: bytes | list[bytes], closing: bool, out: list[bytes]
+) -> int:
+    """Append the whole answer to `out`; returns the length of the body that was appended."""
+    length = len(body) if isinstance(body, bytes) else sum(map(len, body))
+    out.append(answer_head(date, slot, response, length, closing))
+    if slot.request is not None and slot.request.method == "HEAD":
+        return 0
+    if isinstance(body, bytes):
+        out.append(body)
+    else:
+        out += body
+    return length
+
+
 def path_of_absolute(target: str) -> str:
     """The path of `http://host/path`, which a server must accept (RFC 9112 3.2.2); anything else stays as it is."""
     _, mark, rest = target.partition("://")

@@ -25,7 +25,7 @@ from models.errors import (
     TryAgain,
     UnsupportedEncoding,
 )
-from models.serving.codec import decode_request, encode_response
+from models.serving.codec import Heads, decode_request, encode_response
 from models.serving.exchange import JSON, OCTETS, Handler, HttpRequest, HttpResponse, error_body, error_response
 from models.serving.index import ModelIndex
 from models.serving.predictor import Predictor
@@ -67,6 +67,7 @@ class RestHandler:
         self._name = name
         self._extra = dict(extra or {})
         self._infer_routes: dict[str, tuple[str, str | None]] = {}
+        self._heads: Heads = {}
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         try:
@@ -111,6 +112,7 @@ class RestHandler:
             version=wanted,
             deadline=None if deadline is None else _deadline(deadline),
             trace=None if trace is None else trace.decode("latin-1"),
+            heads=self._heads,
         )
         answer = await self._predictor.infer(inference)
         body, header_length = encode_response(answer, form, inference.id)

@@ -6,6 +6,8 @@ Works on any asyncio loop. Nothing here asks for the current task, so a call may
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ MAX_RESPONSE_HEADERS = 100
 MAX_WAITING = 1024
 """Calls that may wait for a free connection; more are refused at once."""
 _JOIN_BYTES = 64 * 1024
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, zero seconds
 
 
 class Reply(msgspec.Struct):
@@ -74,7 +77,10 @@ class Connection(asyncio.Protocol):
         try:
             reply: Reply = await waiter
         except BaseException:
-            # The answer may still arrive: nobody must take it for the answer to the next request.
+            # The answer may still arrive: nobody must take it for the answer to the next request. Reset, not ended: a server
+            # owes one that only ended its side the answer, and would work on.
+            if self.usable:
+                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.close()
             raise
         finally:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from models.errors import InvalidRequest, TooLarge
 from models.tensor import (
     DTYPES,
+    MAX_BYTES_ELEMENTS,
+    Array,
     TensorSpec,
     check_tensor,
     datatype_of,
@@ -50,6 +52,10 @@ def test_minus_one_stands_for_any_size(wanted: tuple[int, ...], shape: tuple[int
         ([1] * 17, InvalidRequest),
         ([1 << 40, 1 << 40], TooLarge),
         ([(1 << 28) + 1], TooLarge),
+        ([0, 1 << 63], TooLarge),
+        ([0, 1 << 28, 1 << 28, 1 << 28], TooLarge),
+        ([10**4299, 10**4299], TooLarge),
+        ([-(10**4299), -1], InvalidRequest),
     ],
 )
 def test_an_absurd_shape_is_refused_before_anything_is_allocated(shape: list[int], error: type[Exception]) -> None:
@@ -57,8 +63,9 @@ def test_an_absurd_shape_is_refused_before_anything_is_allocated(shape: list[int
         element_count(shape, "input 'x'")
 
 
-def test_a_zero_dimension_wins_over_a_huge_one() -> None:
-    assert element_count([0, 1 << 60], "x") == 0
+def test_every_shape_that_is_accepted_can_be_made() -> None:
+    for shape in ([0, 1 << 28], [1 << 14, 0, 1 << 14], [0] * 16):
+        assert np.empty(shape).size == element_count(shape, "x") == 0
 
 
 def test_a_tensor_of_another_dtype_or_shape_is_refused_naming_the_input() -> None:
@@ -74,7 +81,7 @@ def test_a_tensor_of_another_dtype_or_shape_is_refused_naming_the_input() -> Non
 def test_bytes_tensors_survive_the_round_trip(elements: list[bytes]) -> None:
     array = np.empty(len(elements), dtype=np.object_)
     array[:] = elements
-    assert list(decode_bytes(encode_bytes(array), len(elements), "x")) == elements
+    assert list(decode_bytes(encode_bytes(array, "x"), len(elements), "x")) == elements
 
 
 @pytest.mark.parametrize(
@@ -85,9 +92,28 @@ def test_bytes_tensors_survive_the_round_trip(elements: list[bytes]) -> None:
         (struct.pack("<I", 1) + b"a", 2),
         (struct.pack("<I", 1) + b"ab", 1),
         (struct.pack("<I", 0xFFFFFFFF), 1),
-        (b"abcdef", 1 << 40),
+        (b"abcdef", 1 << 16),
     ],
 )
 def test_bytes_lengths_that_do_not_add_up_are_refused(data: bytes, count: int) -> None:
     with pytest.raises(InvalidRequest, match="output 'y'"):
         decode_bytes(data, count, "output 'y'")
+
+
+def test_more_bytes_elements_than_may_hold_up_the_loop_are_refused() -> None:
+    count = MAX_BYTES_ELEMENTS + 1
+    with pytest.raises(TooLarge, match="input 'x'"):
+        decode_bytes(bytes(4 * count), count, "input 'x'")
+
+
+@pytest.mark.parametrize("array", [np.array(["ä", "b"]), np.array(["ä".encode(), b"b"]), np.array(["ä", b"b"], object)])
+def test_text_of_every_dtype_is_sent_as_text(array: Array) -> None:
+    assert decode_bytes(encode_bytes(array, "x"), 2, "x").tolist() == ["ä".encode(), b"b"]
+
+
+@pytest.mark.parametrize("element", [None, 1 << 40, -1, 0.5, ["a"], "\ud800"])
+def test_an_element_that_is_no_text_is_refused_naming_it(element: object) -> None:
+    array = np.empty(2, object)
+    array[:] = [b"a", element]
+    with pytest.raises(InvalidRequest, match="output 'y': element 1 "):
+        encode_bytes(array, "output 'y'")

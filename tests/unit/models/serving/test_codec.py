@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from models.errors import InvalidRequest, TooLarge, Unreachable
-from models.serving.codec import OutputForm, decode_request, encode_response
+from models.serving.codec import (
+    MAX_HEAD_BYTES,
+    MAX_HEADS,
+    MAX_INPUTS,
+    MAX_JSON_BYTES,
+    MAX_JSON_CONTAINERS,
+    MAX_JSON_VALUES,
+    Heads,
+    OutputForm,
+    decode_request,
+    encode_response,
+)
 from models.serving.codec_client import decode_response, encode_request
+from models.serving.codec_tensor import encode_binary
 from models.serving.predictor import InferRequest, InferResponse
-from models.tensor import DTYPES, Array
+from models.tensor import DTYPES, MAX_BYTES_ELEMENTS, Array
 
 NUMBERS = [name for name in DTYPES if name != "BYTES"]
 
@@ -159,8 +171,8 @@ def test_bad_json_is_refused_naming_the_field(body: dict[str, Any], message: str
         b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":[NaN]}]}',
         b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":[1e400]}]}',
         b'{"inputs":[{"name":"\xff","datatype":"FP32","shape":[1],"data":[1]}]}',
-        b'{"inputs":[],"parameters":{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}",
-        b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}]}",
+        b'{"inputs":[],"parameters":{"a":' + b"[" * 30_000 + b"]" * 30_000 + b"}}",
+        b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":' + b"[" * 30_000 + b"]" * 30_000 + b"}]}",
         b'{"inputs":[]} trailing',
     ],
 )
@@ -269,3 +281,123 @@ def test_a_plain_protocol_answer_without_our_marks_is_understood() -> None:
     answer = decode_response(body, None, InferRequest(model="m", inputs={}), "cloud")
     assert answer.outputs["y"].tolist() == [4]
     assert (answer.tier, answer.confidence, answer.degraded) == ("cloud", None, False)
+
+
+def json_of(datatype: bytes, shape: bytes, data: bytes) -> bytes:
+    return b'{"inputs":[{"name":"x","datatype":"%b","shape":%b,"data":%b}]}' % (datatype, shape, data)
+
+
+DEEP = b"[" * 15 + b"0" + b"]" * 15
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json_of(b"FP32", b"[1]", b"[1]" + b" " * MAX_JSON_BYTES),
+        json_of(b"FP32", b"[%d]" % (MAX_JSON_VALUES + 1), b"[1%b]" % (b",1" * MAX_JSON_VALUES)),
+        json_of(b"FP32", b"[5000%b]" % (b",1" * 15), b"[%b]" % b",".join([DEEP] * 5000)),
+        b'{"inputs":[],"parameters":{"a":[[]%b]}}' % (b",[]" * MAX_JSON_CONTAINERS),
+        json_of(b"BYTES", b"[%d]" % (MAX_BYTES_ELEMENTS + 1), b'[""%b]' % (b',""' * MAX_BYTES_ELEMENTS)),
+        msgspec.json.encode({"inputs": infer_body()["inputs"] * (MAX_INPUTS + 1)}),
+    ],
+    ids=["bytes", "values", "nested lists", "lists in parameters", "texts", "inputs"],
+)
+def test_json_that_would_hold_up_the_loop_is_too_large(body: bytes) -> None:
+    with pytest.raises(TooLarge):
+        decode(body)
+
+
+def test_texts_are_counted_over_all_inputs() -> None:
+    count = MAX_BYTES_ELEMENTS // 2 + 1
+    texts = {"datatype": "BYTES", "shape": [count], "parameters": {"binary_data_size": 4 * count}}
+    with pytest.raises(TooLarge, match="in one request"):
+        decode({"inputs": [{"name": "a", **texts}, {"name": "b", **texts}]}, bytes(8 * count))
+
+
+def test_an_image_in_nested_json_is_accepted() -> None:
+    image = np.linspace(0, 1, 224 * 224 * 3, dtype=np.float32).reshape(1, 224, 224, 3)
+    assert np.array_equal(decode(infer_body("FP32", image.shape, image.tolist())).inputs["x"], image)
+
+
+@pytest.mark.parametrize("shape", [(0, 2**63), (0, 2**28, 2**28, 2**28), (10**4200, 10**4200)])
+@pytest.mark.parametrize("datatype", ["FP32", "INT64", "BYTES"])
+def test_a_shape_that_no_array_can_have_is_the_callers_fault_in_json_and_in_binary(
+    datatype: str, shape: tuple[int, ...]
+) -> None:
+    head = json.dumps(binary_input(0, shape, datatype)).encode()
+    for body, length in ((json.dumps(infer_body(datatype, shape, [])).encode(), None), (head, len(head))):
+        with pytest.raises(TooLarge, match="input 'x'"):
+            decode(body, header_length=length)
+
+
+def test_an_answer_with_an_absurd_tensor_counts_as_no_answer() -> None:
+    output = {"name": "y", "datatype": "FP32", "shape": [1 << 40], "data": []}
+    with pytest.raises(Unreachable, match="edge"):
+        decode_response(msgspec.json.encode({"outputs": [output]}), None, InferRequest(model="m", inputs={}), "edge")
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [nested(20_000), object()], ids=["deep", "object"])
+def test_parameters_that_cannot_be_sent_on_are_refused(value: object) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        encode_request(InferRequest(model="m", inputs={}, parameters={"a": value}))
+
+
+def test_text_arrays_are_sent_as_their_text() -> None:
+    assert encode_binary(np.array(["ab", "c"]), "y") == b"\2\0\0\0ab\1\0\0\0c"
+    parts, _ = encode_response(answer_of({"y": np.array(["ab", "c"])}), OutputForm(False), None)
+    assert json.loads(parts[0])["outputs"][0]["data"] == ["ab", "c"]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_output_element_that_is_no_text_is_refused_naming_it(binary: bool) -> None:
+    with pytest.raises(InvalidRequest, match="output 'y': element 0 "):
+        encode_response(answer_of({"y": np.array([5], object)}), OutputForm(binary), None)
+
+
+def ask_with(heads: Heads, array: Array, **more: Any) -> InferRequest:
+    parts = encode_request(InferRequest(model="m", inputs={"x": array, "z": array}, **more))
+    return decode_request(b"".join(parts), len(parts[0]), model="m", heads=heads)[0]
+
+
+def test_a_remembered_head_changes_nothing_but_the_numbers() -> None:
+    heads: Heads = {}
+    for start in range(3):
+        array = np.arange(start, start + 6, dtype=np.int32).reshape(2, 3)
+        got = ask_with(heads, array, min_confidence=0.5, outputs=("y",))
+        assert_same(got.inputs, {"x": array, "z": array})
+        assert (got.min_confidence, got.outputs) == (0.5, ("y",))
+        assert not any(value.flags.writeable for value in got.inputs.values())
+    assert len(heads) == 1
+
+
+def test_a_remembered_head_before_another_body_is_checked_anew() -> None:
+    heads: Heads = {}
+    head = json.dumps(binary_input(8)).encode()
+    decode_request(head + bytes(8), len(head), model="m", heads=heads)
+    for size in (0, 7, 9):
+        with pytest.raises(InvalidRequest):
+            decode_request(head + bytes(size), len(head), model="m", heads=heads)
+
+
+def test_what_must_be_looked_at_each_time_is_never_remembered() -> None:
+    heads: Heads = {}
+    ask_with(heads, np.ones(2, np.float32), id="7")
+    ask_with(heads, np.ones(2, np.float32), parameters={"a": "x" * MAX_HEAD_BYTES})
+    for array in (np.array([True]), np.array([b"a"], object), np.empty(0, np.float32)):
+        ask_with(heads, array)
+    decode_request(json.dumps(infer_body()).encode(), None, model="m", heads=heads)
+    assert heads == {}
+
+
+def test_invented_heads_do_not_grow_memory() -> None:
+    heads: Heads = {}
+    for index in range(MAX_HEADS + 1):
+        ask_with(heads, np.ones(1, np.float32), priority=index)
+    assert len(heads) <= MAX_HEADS

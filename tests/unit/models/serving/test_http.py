@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from models.serving.exchange import FileBody, HttpRequest, HttpResponse, header_lines
 from models.serving.http import HttpLimits, HttpService
+from models.serving.http_body import MAX_PIECES
 from models.serving.http_connection import LINGER_SECONDS, HttpConnection
 from models.serving.server import serve_http
 
@@ -293,6 +296,69 @@ async def test_a_client_that_waits_for_100_continue_gets_it() -> None:
     assert bodies(client)[0]["body"] == "hello"
 
 
+EXPECTING = b"POST / HTTP/1.%d\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n"
+
+
+async def test_http_1_0_gets_no_interim_answer() -> None:
+    client = Client()
+    client.send(EXPECTING % 0)
+    assert client.transport.sent == b""
+
+
+async def test_100_continue_waits_for_the_answers_before_it() -> None:
+    handler = Stuck()
+    client = Client(handler)
+    client.send(GET + EXPECTING % 1)
+    assert client.transport.sent == b""
+    handler.release.set()
+    await turns()
+    client.service.send_now()
+    assert client.transport.sent.endswith(b"}HTTP/1.1 100 Continue\r\n\r\n")
+    client.transport.sent = b""
+    client.send(b"hello")
+    assert bodies(client)[0]["body"] == "hello"
+
+
+async def test_a_body_that_came_unasked_is_not_asked_for_later() -> None:
+    handler = Stuck()
+    client = Client(handler)
+    client.send(GET + EXPECTING % 1)
+    client.send(b"hello" + POST[:-2])
+    handler.release.set()
+    await turns()
+    client.service.send_now()
+    assert b" 100 " not in client.transport.sent
+
+
+IN_CHUNKS = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "trailers",
+    [[b"x%d: 1\r\n" % index for index in range(10)], [b"x: 1\r\n"] * 40, [b"x: "] + [b"y" * 50] * 5],
+    ids=["many", "the same", "one long"],
+)
+async def test_trailers_are_held_to_the_limits_of_headers(trailers: list[bytes]) -> None:
+    client = Client(header_bytes=200, header_count=8)
+    client.send(IN_CHUNKS)
+    client.send(b"2\r\nab\r\n0\r\n")
+    for trailer in trailers:
+        client.send(trailer)
+    assert [status for status, _, _ in client.answers()] == [413]
+
+
+async def test_a_body_in_tiny_chunks_weighs_what_it_holds() -> None:
+    client = Client()
+    client.send(IN_CHUNKS)
+    kept = 0
+    for _ in range(40):
+        client.send(b"1\r\nx\r\n" * 1000)
+        kept = max(kept, len(client.connection._parts))
+    assert kept < 3 * MAX_PIECES
+    client.send(b"0\r\n\r\n")
+    assert bodies(client)[0]["body"] == "x" * 40_000
+
+
 @pytest.mark.parametrize(
     ("sent", "seconds", "status"),
     [
@@ -349,23 +415,92 @@ async def test_an_answer_in_work_is_never_timed_out_here() -> None:
     client.connection.connection_lost(None)
 
 
-async def test_a_client_that_goes_away_cancels_its_request() -> None:
-    entered, cancelled = asyncio.Event(), asyncio.Event()
+class Stuck:
+    """A handler that answers when `release` is set."""
 
-    async def handler(request: HttpRequest) -> HttpResponse:
-        entered.set()
+    def __init__(self) -> None:
+        self.entered, self.release, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        self.entered.set()
         try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.set()
-        raise AssertionError
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return await echo(request)
 
+
+async def test_a_client_that_resets_its_connection_cancels_its_request() -> None:
+    handler = Stuck()
     async with serve_http(handler) as server:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(GET)
-        await asyncio.wait_for(entered.wait(), 2)
+        await asyncio.wait_for(handler.entered.wait(), 2)
+        no_linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         writer.close()
-        await asyncio.wait_for(cancelled.wait(), 2)
+        await asyncio.wait_for(handler.cancelled.wait(), 2)
+
+
+async def test_a_client_that_ends_its_side_gets_every_answer_and_then_the_end() -> None:
+    handler = Stuck()
+    async with serve_http(handler) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(GET + GET)
+        writer.write_eof()
+        await asyncio.wait_for(handler.entered.wait(), 2)
+        await asyncio.sleep(0)
+        handler.release.set()
+        answers = parse(await asyncio.wait_for(reader.read(), 2))
+        writer.close()
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert answers[-1][1]["connection"] == "close"
+
+
+async def test_an_answer_of_this_turn_is_sent_before_an_ended_connection_closes() -> None:
+    client = Client()
+    client.connection.data_received(GET)
+    assert not client.connection.eof_received()
+    assert [status for status, _, _ in client.answers()] == [200]
+
+
+async def test_half_a_request_before_the_end_is_dropped() -> None:
+    handler = Stuck()
+    client = Client(handler)
+    client.send(GET + POST[:-2])
+    assert client.connection.eof_received()
+    handler.release.set()
+    await turns()
+    client.service.send_now()
+    assert len(client.answers()) == 1
+    assert client.transport.closed
+
+
+async def test_an_ended_connection_is_not_kept_for_ever() -> None:
+    client = Client(Stuck(), idle_seconds=5)
+    client.send(GET)
+    assert client.connection.eof_received()
+    for _ in range(5):
+        client.service.sweep()
+    assert not client.transport.aborted
+    client.service.sweep()
+    assert client.transport.aborted
+    client.connection.connection_lost(None)
+
+
+async def test_a_file_reaches_a_client_that_has_ended_its_side(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+
+    async def handler(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, b"", FileBody(tmp_path / "f", 0, 10))
+
+    client = Client(handler)
+    client.send(GET)
+    assert client.connection.eof_received()
+    await until(lambda: client.transport.closed)
+    assert client.answers()[0][2] == b"0123456789"
+    assert not client.transport.aborted
 
 
 @pytest.mark.parametrize(

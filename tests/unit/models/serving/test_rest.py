@@ -21,6 +21,7 @@ from models.errors import (
     TooLarge,
     Unreachable,
 )
+from models.serving.codec import MAX_JSON_BYTES
 from models.serving.exchange import HttpRequest, HttpResponse
 from models.serving.index import ModelDescription
 from models.serving.predictor import InferRequest, InferResponse
@@ -175,7 +176,7 @@ async def test_headers(headers: dict[bytes, bytes], status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"\x00", b"{}", b"[" * 100_000, BODY[:-1], b"\xff" + BODY, BODY.replace(b"1", b"x")]
+    "body", [b"", b"\x00", b"{}", b"[" * 30_000, BODY[:-1], b"\xff" + BODY, BODY.replace(b"1", b"x")]
 )
 async def test_a_bad_body_is_always_the_callers_fault(body: bytes) -> None:
     status, answer = await ask(handler_of(), f"{M}/infer", "POST", body)
@@ -228,3 +229,29 @@ async def test_paths_below_a_prefix_go_to_the_other_handler() -> None:
     assert await ask(handler, "/blobs") == (200, "/blobs")
     assert await ask(handler, "/blobs/missing") == (404, {"error": "no such blob"})
     assert (await ask(handler, "/blobsy"))[0] == 404
+
+
+async def test_json_above_its_limit_is_413_before_any_model_is_asked() -> None:
+    asked = FailingPredictor(NotFound("no such model"))
+    assert (await ask(handler_of(asked), f"{M}/infer", "POST", BODY + b" " * MAX_JSON_BYTES))[0] == 413
+    assert not asked.requests
+
+
+async def test_a_head_that_comes_again_is_answered_for_its_own_numbers() -> None:
+    body = (
+        b'{"inputs":[{"name":"x","datatype":"UINT8","shape":[2],"parameters":{"binary_data_size":2}}]}',
+        b"\1\2",
+        b"\3\4",
+    )
+    seen: list[object] = []
+
+    class Seeing(StaticPredictor):
+        async def infer(self, request: InferRequest) -> InferResponse:
+            seen.append(request.inputs["x"].tolist())
+            return await super().infer(request)
+
+    handler = handler_of(Seeing(Y))
+    headers = {b"inference-header-content-length": b"%d" % len(body[0])}
+    for data in body[1:]:
+        assert (await ask(handler, f"{M}/infer", "POST", body[0] + data, headers))[0] == 200
+    assert seen == [[1, 2], [3, 4]]
