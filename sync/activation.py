@@ -99,6 +99,7 @@ class InForce:
         self.current: Offer | None = None
         self.watching = False
         self.on_probation = False
+        self.judge_at = 0.0
         self._name = (kind, scope)
         self._activator = activator
         self._disk = state
@@ -137,7 +138,7 @@ class InForce:
             await asyncio.to_thread(self._disk.condemn_candidate, *self._name, digest, f"rejected: {reason}")
             raise Rejected(reason)
         try:
-            return await self.prepare(offer, blobs)
+            token = await self.prepare(offer, blobs)
         except Rejected as error:
             await self._end_start("candidate", confirmed=False)
             if self._may_pass(error):
@@ -146,6 +147,8 @@ class InForce:
         except BaseException:
             await asyncio.shield(self._end_start("candidate", confirmed=False))
             raise
+        await self._end_start("candidate", confirmed=False)
+        return token
 
     def _may_pass(self, error: Rejected) -> bool:
         self._unlucky = self._unlucky + 1 if getattr(error.__cause__, "transient", False) else 0
@@ -159,7 +162,7 @@ class InForce:
         """Commit and go on probation. The disk already says that the offer is the active document."""
         await self._activator.commit(token)
         self.current = offer
-        self._committed_at = self._clock.monotonic()
+        self._committed_at = self.judge_at = self._clock.monotonic()
         self.watching = self.on_probation = True
         self._tell("probation", None, offer)
 
@@ -167,6 +170,7 @@ class InForce:
         """Look at the verdict of live traffic, while it is open: confirm, keep watching, or go back."""
         if not self.watching:
             return
+        self.judge_at = self._clock.monotonic() + self._probation.poll
         verdict = self._activator.verdict()
         if verdict.startswith("bad"):
             self.watching = self.on_probation = False
@@ -189,13 +193,18 @@ class InForce:
 
     async def start(self) -> None:
         """The stored document, or the previous one when it crashed the process too often or does not load."""
-        slots = self._disk.slots(*self._name)
+        slots = await asyncio.to_thread(self._disk.slots, *self._name)
         if slots.active is None:
             return
         active = reopen(slots.active)
-        if slots.previous is not None and self._count_start() > MAX_STARTS:
+        # A version that proved itself is not what ends the process: power cuts and kills do.
+        if await self._count_start() > MAX_STARTS and not slots.proved:
+            reason = f"it ended this process {MAX_STARTS} times"
+            if slots.previous is None:
+                await self._start_previous(active, None, f"rejected: {reason}")
+                return
             self.current = active
-            if await self._roll_back(f"it ended this process {MAX_STARTS} times"):
+            if await self._roll_back(reason):
                 return
             self.current = None
         try:
@@ -210,9 +219,9 @@ class InForce:
         await self.judge()
 
     async def _start_previous(self, broken: Offer, previous: bytes | None, why: str) -> None:
-        """Serve the previous version; the active one becomes a candidate, which may fetch what it misses."""
+        """Serve the previous version, if there is one; the active one becomes a candidate, which may fetch what it misses."""
         try:
-            self._disk.demote(*self._name)
+            await asyncio.to_thread(self._disk.demote, *self._name)
             if previous is not None:
                 offer = reopen(previous)
                 await self._activator.commit(await self.prepare(offer, self._stored_blobs(offer)))
@@ -223,7 +232,7 @@ class InForce:
 
     async def _roll_back(self, reason: str) -> bool:
         """Prepare the previous stored document again. Without one, the bad version stays: some answer beats none."""
-        bad, previous = self.current, self._disk.slots(*self._name).previous
+        bad, previous = self.current, (await asyncio.to_thread(self._disk.slots, *self._name)).previous
         if bad is None or previous is None:
             self._tell("failed", f"rejected: {reason}; there is no previous version to go back to", bad)
             return False
@@ -240,9 +249,9 @@ class InForce:
         self._tell("rolled_back", f"rejected: {reason}", bad)
         return True
 
-    def _count_start(self) -> int:
+    async def _count_start(self) -> int:
         try:
-            return self._disk.begin_start(*self._name, "active")
+            return await asyncio.to_thread(self._disk.begin_start, *self._name, "active")
         except StoreFailed as error:
             log.warning("starting without counting it: %s", error)
             return 0

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
-from threading import Event
-from typing import BinaryIO, Protocol
+from threading import Event, Lock
+from typing import Any
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import parse_url
 
-from sync.errors import DigestMismatch, Malformed, StoreFailed, Unavailable
+from sync.errors import DigestMismatch, Malformed, Unavailable
+from sync.part import CHUNK, Part
 
-CHUNK = 256 * 1024
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-
-
-class _Hash(Protocol):
-    def update(self, data: bytes, /) -> None: ...
 
 
 class Mismatch(DigestMismatch):
@@ -32,8 +30,9 @@ class Mismatch(DigestMismatch):
 class Limits:
     """Seconds, and bytes per second.
 
-    A transfer may take `budget_seconds` plus its size at `slowest_rate`: a peer that drips a byte at a time passes every
-    read timeout. `fastest_rate`: how much of the network an update may use, None = all.
+    A transfer may take `budget_seconds` plus its size at `slowest_rate`, from the connect on: a peer that drips a byte at
+    a time, of its headers or its body, passes every read timeout. `fastest_rate`: how much of the network an update may
+    use, None = all.
     """
 
     connect_seconds: float = 5.0
@@ -42,9 +41,16 @@ class Limits:
     slowest_rate: float = 8_000.0
     fastest_rate: float | None = None
 
+    def seconds(self, size: int) -> float:
+        """What a transfer of `size` bytes may take."""
+        return self.budget_seconds + size / self.slowest_rate
+
 
 class Download:
-    """A GET of `url`. `stop` may be called from another thread and cuts the socket."""
+    """A GET of `url`. `stop` may be called from another thread, at any time, and cuts the socket.
+
+    It keeps no clock of its own: who runs it calls `stop` when `Limits.seconds` have passed.
+    """
 
     def __init__(self, url: str, token: str | None, limits: Limits) -> None:
         self._url = url
@@ -53,31 +59,31 @@ class Download:
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._stopped = Event()
-        self._response: urllib3.BaseHTTPResponse | None = None
+        self._why = ""
+        self._lock = Lock()
+        self._sockets: list[socket.socket] = []
 
-    def stop(self) -> None:
-        self._stopped.set()
-        response = self._response
-        if response is not None:
-            try:
-                response.shutdown()
-            except (ValueError, OSError):
-                return  # it ended by itself meanwhile
+    def stop(self, why: str = "the transfer was cancelled") -> None:
+        with self._lock:
+            self._why = self._why or why
+            self._stopped.set()
+            for connected in self._sockets:
+                _shut(connected)
 
-    def into(self, staged: Path, digest: str, size: int) -> None:
-        """Complete `staged` so that it has `size` bytes of `digest`, continuing what is there.
+    def into(self, part: Part, digest: str, size: int) -> None:
+        """Complete `part` so that it has `size` bytes of `digest`, continuing what is there.
 
         Raises Unavailable (what came stays and can be resumed), Mismatch (deleted), StoreFailed.
         """
-        have = _length(staged)
+        have = part.length()
         # A wrong start may have come from another source: a source is judged by a whole file of its own.
         for start in (have, 0) if 0 < have <= size else (0,):
             try:
-                self._complete(staged, digest, size, start)
+                self._complete(part, digest, size, start)
                 break
             except Mismatch:
-                _remove(staged)
                 if start == 0:
+                    part.remove()
                     raise
 
     def read(self, limit: int) -> bytes:
@@ -92,36 +98,35 @@ class Download:
                 raise Malformed(f"{self._url} has more than {limit} bytes")
             return bytes(data)
 
-    def _complete(self, staged: Path, digest: str, size: int, start: int) -> None:
+    def _complete(self, part: Part, digest: str, size: int, start: int) -> None:
         hasher = sha256()
-        with _opened(staged, start) as file:
-            _hash(file, hasher, start)
-            if start < size:
-                with self._open(start) as response:
-                    at = self._first_byte(response, start, size)
-                    if at < start:
-                        _restart(file)
-                        hasher = sha256()
-                    for chunk in self._body(response, size - at):
-                        _write(file, chunk)
-                        hasher.update(chunk)
-                        at += len(chunk)
-                    if at < size:
-                        raise Unavailable(f"{self._url} ended after {at} of {size} bytes")
+        if start:
+            part.hash(hasher, start)
+        else:
+            part.restart()
+        if start < size:
+            with self._open(start) as response:
+                at = self._first_byte(response, start, size)
+                if at < start:
+                    part.restart()
+                    hasher = sha256()
+                for chunk in self._body(response, size - at):
+                    part.write(chunk)
+                    hasher.update(chunk)
+                    at += len(chunk)
+                if at < size:
+                    raise Unavailable(f"{self._url} ended after {at} of {size} bytes")
         if f"sha256:{hasher.hexdigest()}" != digest:
             raise Mismatch(f"{self._url} delivered bytes with another digest")
 
     def _body(self, response: urllib3.BaseHTTPResponse, most: int) -> Iterator[bytes]:
         """The body as it arrives, never more than `most` bytes of it."""
         began, done = time.monotonic(), 0
-        deadline = began + self._limits.budget_seconds + most / self._limits.slowest_rate
         while done < most:
-            if self._stopped.is_set():
-                raise Unavailable("the transfer was cancelled")
-            if time.monotonic() > deadline:
-                raise Unavailable(f"{self._url} is too slow: {done} bytes within the budget")
             # read1: what is there now. A plain read waits for the whole chunk, and a slow drip would hold it for hours.
             chunk = response.read1(min(CHUNK, most - done), decode_content=False)
+            if self._stopped.is_set():
+                raise Unavailable(f"{self._url}: {self._why}")
             if not chunk:
                 return
             done += len(chunk)
@@ -132,17 +137,31 @@ class Download:
     def _open(self, start: int) -> Iterator[urllib3.BaseHTTPResponse]:
         headers = {**self._headers, "Range": f"bytes={start}-"} if start else self._headers
         timeout = urllib3.Timeout(connect=self._limits.connect_seconds, read=self._limits.read_seconds)
-        with urllib3.PoolManager(num_pools=1, timeout=timeout, retries=False) as pool:
-            try:
-                response = pool.request("GET", self._url, headers=headers, redirect=False, preload_content=False)
-                self._response = response
+        try:
+            with _pool(self._url, timeout, self._connected) as pool:
+                target = parse_url(self._url).request_uri
+                response = pool.request("GET", target, headers=headers, redirect=False, preload_content=False)
                 try:
                     yield response
                 finally:
-                    self._response = None
                     response.close()
-            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                raise Unavailable(f"{self._url}: {error}") from error
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise Unavailable(f"{self._url}: {self._why or error}") from error
+        finally:
+            self._disconnected()
+
+    def _connected(self, connected: socket.socket) -> None:
+        # A descriptor of our own: TLS takes the first one over, and this one can be shut while headers are still read.
+        copy = connected.dup()
+        with self._lock:
+            self._sockets.append(copy)
+            if self._stopped.is_set():
+                _shut(copy)
+
+    def _disconnected(self) -> None:
+        with self._lock:
+            while self._sockets:
+                self._sockets.pop().close()
 
     def _first_byte(self, response: urllib3.BaseHTTPResponse, start: int, size: int) -> int:
         """Where the body begins: `start`, or 0 from a server that ignores ranges. Checks every length it announces."""
@@ -167,45 +186,50 @@ class Download:
             self._stopped.wait(max(0.0, began + done / self._limits.fastest_rate - time.monotonic()))
 
 
-def _length(staged: Path) -> int:
-    with _disk(staged):
-        return staged.stat().st_size if staged.exists() else 0
+class _Plain(HTTPConnection):
+    """Shows its socket to `watch` as soon as it is connected."""
+
+    def __init__(self, *args: Any, watch: Callable[[socket.socket], None], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._watch = watch
+
+    def _new_conn(self) -> socket.socket:
+        connected = super()._new_conn()
+        self._watch(connected)
+        return connected
 
 
-def _remove(staged: Path) -> None:
-    with _disk(staged):
-        staged.unlink(missing_ok=True)
+class _Secure(HTTPSConnection):
+    """The same, before the handshake."""
+
+    def __init__(self, *args: Any, watch: Callable[[socket.socket], None], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._watch = watch
+
+    def _new_conn(self) -> socket.socket:
+        connected = super()._new_conn()
+        self._watch(connected)
+        return connected
 
 
-def _opened(staged: Path, start: int) -> BinaryIO:
-    """Unbuffered, so that a full disk shows at the write and not at the close."""
-    with _disk(staged):
-        return staged.open("r+b" if start else "wb", buffering=0)
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Plain
 
 
-def _hash(file: BinaryIO, hasher: _Hash, length: int) -> None:
-    with _disk(file.name):
-        while length and (block := file.read(min(CHUNK, length))):
-            hasher.update(block)
-            length -= len(block)
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Secure
 
 
-def _restart(file: BinaryIO) -> None:
-    with _disk(file.name):
-        file.seek(0)
-        file.truncate()
+def _pool(url: str, timeout: urllib3.Timeout, watch: Callable[[socket.socket], None]) -> urllib3.HTTPConnectionPool:
+    parts = parse_url(url)
+    if parts.host is None or parts.scheme not in ("http", "https"):
+        raise ValueError("not an http or https address")
+    pool = _PlainPool if parts.scheme == "http" else _SecurePool
+    return pool(parts.host, parts.port, timeout=timeout, maxsize=1, retries=False, watch=watch)
 
 
-def _write(file: BinaryIO, chunk: bytes) -> None:
-    with _disk(file.name):
-        view = memoryview(chunk)
-        while view:
-            view = view[file.write(view) :]
-
-
-@contextmanager
-def _disk(what: object) -> Iterator[None]:
+def _shut(connected: socket.socket) -> None:
     try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"could not write {what}: {error}") from error
+        connected.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it ended by itself meanwhile

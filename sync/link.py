@@ -148,20 +148,31 @@ class Link:
     async def _keep_connected(self) -> None:
         attempt = 0
         while True:
-            connection = _Connection(self, self._options, self._address, self._version, self._clean)
-            self._connection = connection
+            was_up = False
             try:
-                was_up = await self._serve(connection)
-                wrong_version = connection.version_refused or connection.hung_up
-            finally:
-                self._lost()
-                await connection.close()
-            if wrong_version:
-                # A broker without MQTT 5 should refuse the version, but some just hang up: then try the other one.
-                self._version = _OTHER[self._version]
+                was_up, why = await self._connect_once()
+            except Exception as error:
+                # No thread or no descriptor to be had: that passes, and a node without a link is deaf for good.
+                log.exception("an attempt to reach %s failed", self._options.url)
+                why = f"the attempt failed: {error}"
             attempt = 1 if was_up else attempt + 1
-            self._tell(False, connection.why)
+            self._tell(False, why)
             await asyncio.sleep(reconnect_delay(attempt, self._options, random.uniform))
+
+    async def _connect_once(self) -> tuple[bool, str]:
+        """One connection from its beginning to its end: whether it was up, and why it ended."""
+        connection = _Connection(self, self._options, self._address, self._version, self._clean)
+        self._connection = connection
+        try:
+            was_up = await self._serve(connection)
+            wrong_version = connection.version_refused or connection.hung_up
+        finally:
+            self._lost()
+            await connection.close()
+        if wrong_version:
+            # A broker without MQTT 5 should refuse the version, but some just hang up: then try the other one.
+            self._version = _OTHER[self._version]
+        return was_up, connection.why
 
     async def _serve(self, connection: _Connection) -> bool:
         """Until the connection's thread has ended. True when it was up in between."""
@@ -261,7 +272,7 @@ class _Connection:
         self._opened = self._answered = False
         self._link = link
         self._loop = asyncio.get_running_loop()
-        self._closing = False
+        self._closing = self._started = False
         self._v5 = version == MQTTProtocolVersion.MQTTv5
         self.name = "MQTT 5" if self._v5 else "MQTT 3.1.1"
         self._client = self._build(options, version, clean)
@@ -298,6 +309,7 @@ class _Connection:
 
     def start(self) -> None:
         self._client.loop_start()
+        self._started = True
 
     def subscribe(self, filters: list[str]) -> None:
         for topic in filters:
@@ -315,6 +327,8 @@ class _Connection:
     async def close(self) -> None:
         self._closing = True
         self._client.disconnect()
+        if not self._started:
+            return  # no thread will ever say that it ended
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.ended.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 
@@ -36,7 +37,11 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Known:
     envelope: bytes
     files: Mapping[str, int]
-    expires: float | None
+    verified: Verified
+
+    @property
+    def revision(self) -> int:
+        return self.verified.document.revision
 
 
 class Packages:
@@ -49,6 +54,9 @@ class Packages:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._refreshed: float | None = None
+        self._begun = self._ended = 0
+        self._failure: SyncError | None = None
+        self._asking: list[Collection[str]] = []
         stored = state.slots(KIND, SCOPE).active
         self._known = None if stored is None else _known(stored, unseal(stored, MAX_DOCUMENT_BYTES))
 
@@ -61,28 +69,29 @@ class Packages:
 
         Calls that wait for one refresh share it. Raises a SyncError when there is none at all.
         """
-        asked = self._clock.monotonic()
-        async with self._lock:
-            if self._refreshed is None or self._refreshed < asked:
-                try:
-                    await self._refresh(())
-                except SyncError:
-                    if self._known is None:
-                        raise
+        try:
+            await self._refresh()
+        except SyncError:
+            if self._known is None:
+                raise
         if self._known is None:
             raise Unavailable("no catalogue came here yet")
         return self._known.envelope
 
     async def require(self, digests: Collection[str]) -> Mapping[str, int]:
-        """The size of each digest. Asks the sources only when one is unknown here.
+        """The size of each digest. Asks the sources only when one is unknown here; calls that wait share one refresh.
 
-        Raises NotListed when a fresh catalogue does not have one, Unavailable when no source answered, or the refusal of
-        the only catalogue that did.
+        Raises Malformed for what is no digest, NotListed when a fresh catalogue does not have one, Unavailable when no
+        source answered, or the refusal of the only catalogue that did.
         """
+        for digest in digests:
+            check_digest(digest)
         if not self._lists(digests):
-            async with self._lock:
-                if not self._lists(digests):
-                    await self._refresh(digests)
+            self._asking.append(digests)
+            try:
+                await self._refresh()
+            finally:
+                self._asking.remove(digests)
         known = self._files()
         missing = [digest for digest in digests if digest not in known]
         if missing:
@@ -94,33 +103,61 @@ class Packages:
     def _files(self) -> Mapping[str, int]:
         """Nothing once it has expired: expiry stops updates (and only updates)."""
         known = self._known
-        if known is None or (known.expires is not None and self._clock.wall() > known.expires):
+        if known is None:
             return {}
-        return known.files
+        expires = known.verified.document.expires
+        return {} if expires is not None and self._clock.wall() > expires else known.files
 
     def _lists(self, digests: Collection[str]) -> bool:
         files = self._files()
         return all(digest in files for digest in digests)
 
-    async def _refresh(self, digests: Collection[str]) -> None:
+    async def _refresh(self) -> None:
+        """A refresh that began after this call: so however many wait, the next one serves them all, also with its failure."""
+        asked = self._begun
+        async with self._lock:
+            if self._ended <= asked:
+                await self._begin()
+            if self._failure is not None:
+                raise self._failure
+
+    async def _begin(self) -> None:
         if self._refreshed is not None:
             await self._clock.sleep(self._refreshed + REFRESH_GAP - self._clock.monotonic())
         self._refreshed = self._clock.monotonic()
-        envelope = await self._fetcher.document(PATH, enough=lambda answer: self._would_list(answer, digests))
-        known, verified = self._check(envelope)
-        if self._known is None or verified.document.revision > self._state.floor(KIND, SCOPE).revision:
-            await asyncio.to_thread(self._state.activate, verified, envelope)
+        self._begun += 1
+        self._failure = None
+        try:
+            await self._ask()
+        except SyncError as error:
+            self._failure = error
+        # One that is cancelled does not get here and answers nobody: the next call in line begins its own.
+        self._ended = self._begun
+
+    async def _ask(self) -> None:
+        wanted = frozenset(chain.from_iterable(self._asking))
+        good: list[_Known] = []
+        refusals: list[Refused] = []
+
+        def look(envelope: bytes) -> bool:
+            """A mirror's catalogue may be old, or forged: then the next source is asked, and the newest good one counts."""
+            try:
+                good.append(self._check(envelope))
+            except Refused as error:
+                refusals.append(error)
+                return False
+            return wanted <= good[-1].files.keys()
+
+        await self._fetcher.document(PATH, enough=look)
+        if not good:
+            raise refusals[-1]
+        known = max(good, key=lambda item: item.revision)
+        if self._known is None or known.revision > self._state.floor(KIND, SCOPE).revision:
+            await asyncio.to_thread(self._state.activate, known.verified, known.envelope)
         self._known = known
 
-    def _would_list(self, envelope: bytes, digests: Collection[str]) -> bool:
-        """A mirror's catalogue may be old, or forged: then the next source is asked."""
-        try:
-            known, _ = self._check(envelope)
-        except Refused:
-            return False
-        return all(digest in known.files for digest in digests)
-
-    def _check(self, envelope: bytes) -> tuple[_Known, Verified]:
+    def _check(self, envelope: bytes) -> _Known:
+        """Called in the fetcher's thread: a large catalogue takes tens of milliseconds."""
         floor = self._state.floor(KIND, SCOPE)
         verified = verify(
             envelope,
@@ -132,7 +169,7 @@ class Packages:
             now=max(self._clock.wall(), self._state.time_floor()),
             limit=MAX_DOCUMENT_BYTES,
         )
-        return _known(envelope, verified), verified
+        return _known(envelope, verified)
 
 
 def _known(envelope: bytes, verified: Verified) -> _Known:
@@ -144,4 +181,4 @@ def _known(envelope: bytes, verified: Verified) -> _Known:
         check_digest(digest)
         if not 0 < size <= MAX_FILE_BYTES:
             raise Malformed(f"catalogue: {digest} has {size} bytes, 1 to {MAX_FILE_BYTES} are accepted")
-    return _Known(envelope, files, verified.document.expires)
+    return _Known(envelope, files, verified)

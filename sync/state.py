@@ -3,6 +3,8 @@
 SQLite in WAL mode with synchronous=FULL: when a method returns, its change is on the disk; each is one transaction. Every
 row is about one (kind, scope). A stored document is in one of three slots: `candidate` was accepted and is on its way,
 `active` is in force, `previous` was in force before it and is what rolling back goes to.
+
+Floors and condemned versions are also kept in memory: what the event loop asks for never waits for the disk.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from sync.errors import StoreFailed
 from sync.trust import Verified
@@ -46,11 +47,12 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Stored envelopes; None = the slot is empty."""
+    """Stored envelopes; None = the slot is empty. `proved`: the active one was confirmed."""
 
     active: bytes | None = None
     previous: bytes | None = None
     candidate: bytes | None = None
+    proved: bool = False
 
 
 class StateStore:
@@ -60,10 +62,19 @@ class StateStore:
         self._lock = Lock()
         with self._disk():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = _opened(path)
+            self._floors = {
+                (kind, scope): Floor(revision, digest)
+                for kind, scope, revision, digest in self._db.execute(
+                    "SELECT kind, scope, revision, digest FROM floors"
+                )
+            }
+            self._condemned = {
+                (kind, scope): (str(digest), str(reason))
+                for kind, scope, digest, reason in self._db.execute("SELECT kind, scope, digest, reason FROM condemned")
+            }
+            row = self._db.execute("SELECT seconds FROM time_floor").fetchone()
+            self._time_floor = float(row[0]) if row else 0.0
 
     def close(self) -> None:
         with self._lock, self._disk():
@@ -72,26 +83,26 @@ class StateStore:
     # --- reading ------------------------------------------------------------------------------------------------
 
     def floor(self, kind: str, scope: str) -> Floor:
-        row = self._one("SELECT revision, digest FROM floors WHERE kind = ? AND scope = ?", kind, scope)
-        return Floor(*row) if row else Floor()
+        return self._floors.get((kind, scope), Floor())
 
     def slots(self, kind: str, scope: str) -> Slots:
+        """Read from the disk, behind every write that waits for it."""
+        query = "SELECT slot, envelope, confirmed FROM slots WHERE kind = ? AND scope = ?"
         with self._lock, self._disk():
-            rows = self._db.execute("SELECT slot, envelope FROM slots WHERE kind = ? AND scope = ?", (kind, scope))
-            return Slots(**dict(rows.fetchall()))
+            rows = self._db.execute(query, (kind, scope)).fetchall()
+        envelopes = {slot: envelope for slot, envelope, _ in rows}
+        return Slots(**envelopes, proved=any(slot == "active" and confirmed for slot, _, confirmed in rows))
 
     def condemned(self, kind: str, scope: str) -> tuple[str, str]:
         """(digest, reason) of the version last rolled back from; empty strings when there is none."""
-        row = self._one("SELECT digest, reason FROM condemned WHERE kind = ? AND scope = ?", kind, scope)
-        return (row[0], row[1]) if row else ("", "")
+        return self._condemned.get((kind, scope), ("", ""))
 
     def time_floor(self) -> float:
         """The latest signed time seen, Unix seconds: a clock below it is wrong.
 
         Signed times only: one wild reading of the local clock must not expire every document from then on.
         """
-        row = self._one("SELECT seconds FROM time_floor")
-        return float(row[0]) if row else 0.0
+        return self._time_floor
 
     # --- changing -----------------------------------------------------------------------------------------------
 
@@ -100,6 +111,7 @@ class StateStore:
         with self._transaction() as db:
             _raise_floor(db, verified)
             _put(db, verified, "candidate", envelope)
+        self._remember(verified)
 
     def activate(self, verified: Verified, envelope: bytes) -> None:
         """Make the candidate the active document. What was active becomes the previous one if it had proved itself."""
@@ -113,6 +125,7 @@ class StateStore:
                 _move(db, name, "active", "previous")
             _clear(db, name, "candidate")
             _put(db, verified, "active", envelope)
+        self._remember(verified)
 
     def forget_candidate(self, kind: str, scope: str) -> None:
         with self._transaction() as db:
@@ -139,12 +152,14 @@ class StateStore:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO condemned VALUES (?, ?, ?, ?)", (kind, scope, digest, reason))
             _move(db, (kind, scope), "previous", "active")
+        self._condemned[kind, scope] = (digest, reason)
 
     def condemn_candidate(self, kind: str, scope: str, digest: str, reason: str) -> None:
         """Drop the candidate for good."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO condemned VALUES (?, ?, ?, ?)", (kind, scope, digest, reason))
             _clear(db, (kind, scope), "candidate")
+        self._condemned[kind, scope] = (digest, reason)
 
     def demote(self, kind: str, scope: str) -> None:
         """The active document does not start from what is on the disk: try it again as a candidate, unless one waits."""
@@ -159,10 +174,14 @@ class StateStore:
 
     # --- plumbing -----------------------------------------------------------------------------------------------
 
-    def _one(self, statement: str, *values: str) -> tuple[Any, ...] | None:
-        with self._lock, self._disk():
-            row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()
-            return row
+    def _remember(self, verified: Verified) -> None:
+        """What `_raise_floor` has just put on the disk."""
+        document = verified.document
+        name = (document.kind, document.scope)
+        with self._lock:
+            if document.revision > self.floor(*name).revision:
+                self._floors[name] = Floor(document.revision, verified.digest)
+            self._time_floor = max(self._time_floor, document.issued)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -183,6 +202,29 @@ class StateStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreFailed(f"the state file refused: {error}") from error
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    try:
+        return _connected(path, "journal_mode=WAL")
+    except sqlite3.OperationalError:
+        if not path.exists() or not path.stat().st_size:
+            raise
+    # A full disk has no room for the index that processes share (-shm): an exclusive connection keeps it in memory. So what
+    # is stored can still start; a write fails until there is room, and is tried again by whoever wanted it.
+    return _connected(path, "locking_mode=EXCLUSIVE")
+
+
+def _connected(path: Path, mode: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+    try:
+        db.execute(f"PRAGMA {mode}")
+        db.execute("PRAGMA synchronous=FULL")
+        db.executescript(_SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _raise_floor(db: sqlite3.Connection, verified: Verified) -> None:

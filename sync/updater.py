@@ -19,7 +19,7 @@ from typing import Any
 
 from sync.activation import Activator, InForce, Offer, Probation, reopen
 from sync.clock import Clock
-from sync.errors import Refused, Rejected, Replayed, StoreFailed, SyncError, Unavailable
+from sync.errors import Refused, Rejected, Replayed, StoreFailed, SyncError
 from sync.failpoints import reach
 from sync.fetch import Fetcher
 from sync.messages import DocumentReport
@@ -129,7 +129,7 @@ class Updater:
     async def start(self) -> None:
         """Put the stored document in force, without network, then begin to work on offers."""
         await self._in_force.start()
-        candidate = self._disk.slots(self.kind, self.scope).candidate
+        candidate = (await asyncio.to_thread(self._disk.slots, self.kind, self.scope)).candidate
         self._resume = None if candidate is None else reopen(candidate)
         self._worker = asyncio.create_task(self._work(), name=f"updater {self.kind}")
 
@@ -158,6 +158,7 @@ class Updater:
                 offer = None
 
     async def _next_offer(self) -> bytes:
+        await self._watch()
         while not self._offers:
             await self._wait()
             await self._watch()
@@ -188,7 +189,8 @@ class Updater:
         self._offered.clear()
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._offered.wait())]
         if self._in_force.watching:
-            waits.append(asyncio.ensure_future(self._clock.sleep(self._probation.poll)))
+            pause = max(0.0, self._in_force.judge_at - self._clock.monotonic())
+            waits.append(asyncio.ensure_future(self._clock.sleep(pause)))
         try:
             await asyncio.wait([*waits, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -196,7 +198,8 @@ class Updater:
                 wait.cancel()
 
     async def _watch(self) -> None:
-        if self._in_force.watching and not self._offers:
+        """Judge when it is time, whatever arrives: a sender of garbage must not switch rolling back off."""
+        if self._in_force.watching and self._clock.monotonic() >= self._in_force.judge_at:
             async with self._point_of_no_return:
                 await self._in_force.judge()
 
@@ -211,7 +214,7 @@ class Updater:
         """The offer, when there is something to do about it."""
         try:
             offer = Offer(self._verify(envelope), envelope)
-        except (Refused, StoreFailed) as error:
+        except Refused as error:
             self._refuse(error, quietly=self._busy)
             return None
         digest, active = offer.verified.digest, self._in_force.current
@@ -250,20 +253,26 @@ class Updater:
         return verified
 
     def _refuse(self, error: SyncError, *, offer: Offer | None = None, quietly: bool = False) -> None:
+        self._count(error)
+        if quietly:
+            self._set(self._report.state, self._report.error)
+        else:
+            self._set("refused", f"{error.code}: {error}", offer)
+
+    def _count(self, error: SyncError) -> None:
         self.refusals[error.code] += 1
         text = f"{error.code}: {error}"
         if text != self._last_refusal:
             log.warning("%s document for %s refused: %s", self.kind, self.scope, text)
         self._last_refusal = text
-        if quietly:
-            self._set(self._report.state, self._report.error)
-        else:
-            self._set("refused", text, offer)
 
     # --- carrying it out ----------------------------------------------------------------------------------------
 
     async def _update(self, offer: Offer) -> None:
-        """Try until it is in force, refused, or cancelled by a newer one."""
+        """Try until it is in force, rejected, or cancelled by a newer one.
+
+        Only the activator's word is final: a catalogue or a file that is wrong today may come right from its source tomorrow.
+        """
         attempt = 0
         while True:
             try:
@@ -273,9 +282,9 @@ class Updater:
             except Rejected as error:
                 self._rejected = (offer.verified.digest, f"{error.code}: {error}")
                 return await self._give_up(offer, error)
-            except Refused as error:
-                return await self._give_up(offer, error)
-            except (Unavailable, StoreFailed) as error:
+            except SyncError as error:
+                if isinstance(error, Refused):
+                    self._count(error)
                 self._set("failed", f"{error.code}: {error}", offer)
             except Exception as error:
                 log.exception("the update of %s failed", self.kind)
@@ -284,7 +293,7 @@ class Updater:
             attempt += 1
             await self._clock.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
 
-    async def _give_up(self, offer: Offer, error: Refused) -> None:
+    async def _give_up(self, offer: Offer, error: Rejected) -> None:
         if offer.document.digests:
             try:
                 await asyncio.to_thread(self._disk.forget_candidate, self.kind, self.scope)

@@ -50,6 +50,14 @@ class FileActivator:
         return "good"
 
 
+def settled(updater: Updater) -> bool:
+    """Done, or waiting for a source to come right."""
+    report = updater.report
+    if report.state == "failed":
+        return "digest_mismatch" in (report.error or "")
+    return report.state in ("applied", "refused") and not updater._offers and updater._running is None
+
+
 async def main(folder: Path, url: str, envelope: bytes | None) -> None:
     state, store, clock = StateStore(folder / "state.db"), BlobStore(folder), SystemClock()
     keyring = decode_keyring((folder / "keyring.json").read_bytes())
@@ -73,7 +81,7 @@ async def main(folder: Path, url: str, envelope: bytes | None) -> None:
     if envelope is not None:
         updater.offer(envelope)
         async with asyncio.timeout(10):
-            while updater.report.state not in ("applied", "refused") or updater._offers or updater._running:
+            while not settled(updater):
                 await asyncio.sleep(0.005)
     print(activator.active.decode())
     await updater.close()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 from sync.download import Download, Limits
 from sync.errors import DigestMismatch, Malformed, StoreFailed, Unavailable
 from sync.fetch import Fetcher, Source
+from sync.part import taken
 from sync.store import BlobStore
 
 DATA = bytes(range(256)) * 4_000
@@ -33,6 +38,7 @@ class Server:
         self.data = DATA
         self.elsewhere = ""
         self.stopped = threading.Event()
+        self.go = threading.Event()
         outer = self
 
         class Handler(_Handler):
@@ -116,6 +122,18 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server_state.stopped.wait(0.05):
                 return
             self.wfile.write(bytes([byte]))
+
+    def drip_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while not self.server_state.stopped.wait(0.05):
+            self.wfile.write(b"a")
+
+    def paused(self) -> None:
+        """Half, then nothing until `go`, then zeros."""
+        self.head(200, Content_Length=len(DATA))
+        self.wfile.write(DATA[: len(DATA) // 2])
+        self.server_state.go.wait(5)
+        self.wfile.write(b"\0" * (len(DATA) - len(DATA) // 2))
 
     def silent(self) -> None:
         self.head(200, Content_Length=len(DATA))
@@ -209,7 +227,7 @@ async def test_other_bytes_are_a_mismatch_and_nothing_of_them_stays(
     assert len(servers[0].requests) == 1
 
 
-@pytest.mark.parametrize("behaviour", ["drip", "silent", "redirect", "missing", "garbage"])
+@pytest.mark.parametrize("behaviour", ["drip", "drip_headers", "silent", "redirect", "missing", "garbage"])
 async def test_a_source_that_does_not_deliver_is_unavailable_within_the_budget(
     store: BlobStore, servers: list[Server], behaviour: str
 ) -> None:
@@ -237,8 +255,9 @@ async def test_concurrent_calls_share_one_transfer(store: BlobStore, servers: li
     assert len(servers[0].requests) == 1
 
 
-async def test_cancelling_stops_the_transfer_at_once(store: BlobStore, servers: list[Server]) -> None:
-    servers[0].behaviour = "silent"
+@pytest.mark.parametrize("behaviour", ["silent", "drip_headers"])
+async def test_cancelling_stops_the_transfer_at_once(store: BlobStore, servers: list[Server], behaviour: str) -> None:
+    servers[0].behaviour = behaviour
     one = fetcher(store, servers[0], limits=Limits())
     task = asyncio.create_task(one.fetch(DIGEST, len(DATA)))
     while not servers[0].requests:
@@ -283,3 +302,91 @@ async def test_a_document_without_end_is_cut_off(store: BlobStore, servers: list
     servers[0].behaviour = "endless"
     with pytest.raises(Malformed):
         await asyncio.to_thread(Download(servers[0].url, None, LIMITS).read, 100_000)
+
+
+async def test_what_is_enough_is_decided_outside_the_event_loop(store: BlobStore, servers: list[Server]) -> None:
+    threads: list[threading.Thread] = []
+
+    def enough(data: bytes) -> bool:
+        threads.append(threading.current_thread())
+        return True
+
+    await fetcher(store, servers[0]).document("/catalog", enough=enough)
+    assert threads and threads[0] is not threading.current_thread()
+
+
+async def test_a_call_that_comes_while_others_wait_waits_too(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].behaviour = "silent"
+    one = fetcher(store, servers[0], limits=Limits())
+    first, second = (asyncio.create_task(one.fetch(DIGEST, len(DATA))) for _ in range(2))
+    await until(lambda: len(servers[0].requests) == 1)
+    first.cancel()
+    await asyncio.wait({first})
+    await until(lambda: len(servers[0].requests) == 2)
+    third = asyncio.create_task(one.fetch(DIGEST, len(DATA)))
+    await asyncio.sleep(0.2)
+    assert len(servers[0].requests) == 2
+    for task in (second, third):
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_a_transfer_that_was_given_up_on_cannot_write_into_what_another_publishes(
+    store: BlobStore, servers: list[Server]
+) -> None:
+    servers[0].behaviour = "paused"
+    given_up = fetcher(store, servers[0], limits=Limits())
+    task = asyncio.create_task(given_up.fetch(DIGEST, len(DATA)))
+    await until(lambda: store.staging(DIGEST).exists() and store.staging(DIGEST).stat().st_size == len(DATA) // 2)
+    with pytest.raises(Unavailable, match="another transfer"):
+        await fetcher(store, servers[1]).fetch(DIGEST, len(DATA))
+    assert store.staging(DIGEST).stat().st_size == len(DATA) // 2
+    task.cancel()
+    await asyncio.wait({task})
+    await fetcher(store, servers[1]).fetch(DIGEST, len(DATA))
+    servers[0].go.set()
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+async def test_a_file_that_was_published_meanwhile_is_not_opened_for_writing(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, flock = store.staging(DIGEST), fcntl.flock
+    staged.write_bytes(DATA)
+
+    def late(file: Any, operation: int) -> None:
+        if not store.has(DIGEST):
+            store.publish(DIGEST, staged)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with taken(staged) as part:
+        part.restart()
+        part.write(b"other")
+    assert store.path(DIGEST).read_bytes() == DATA
+
+
+def test_a_process_ends_while_a_source_drips(servers: list[Server], tmp_path: Path) -> None:
+    servers[0].behaviour = "drip_headers"
+    program = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from sync.fetch import Fetcher, Source\n"
+        "from sync.store import BlobStore\n"
+        "async def main():\n"
+        "    one = Fetcher([Source(sys.argv[1])], BlobStore(Path(sys.argv[2])))\n"
+        "    task = asyncio.create_task(one.fetch('sha256:' + 'a' * 64, 10))\n"
+        "    await asyncio.sleep(0.3)\n"
+        "    task.cancel()\n"
+        "    await asyncio.wait({task})\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", program, servers[0].url, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    assert subprocess.run(command, env=environment, timeout=5, check=False).returncode == 0
+
+
+async def until(ready: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not ready():
+            await asyncio.sleep(0.01)

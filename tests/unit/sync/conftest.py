@@ -151,6 +151,11 @@ class Node:
             while not ready():
                 await asyncio.sleep(0)
 
+    async def pass_time(self) -> None:
+        """Until something waits for time to pass; then let enough of it pass for every retry."""
+        await self.when(lambda: self.clock.sleepers > 0)
+        self.clock.advance(100)
+
     async def watched(self) -> None:
         """Until the version just committed is on probation and the updater waits for time to pass."""
         await self.when(lambda: self.updater.report.state == "probation" and self.clock.sleepers > 0)

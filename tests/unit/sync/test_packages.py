@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from sync import packages
 from sync.errors import Malformed, NotListed, Refused, Unavailable
 from sync.packages import REFRESH_GAP, Packages
 from tests.unit.sync.conftest import RING
@@ -101,3 +102,65 @@ async def test_waiting_devices_share_one_refresh(node) -> None:
     node.clock.advance(REFRESH_GAP)
     await asyncio.gather(*waiting)
     assert node.fetcher.asked == ["/catalog"] * 2
+
+
+async def test_waiting_calls_share_one_refresh_whatever_they_ask_for(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    strangers = [asyncio.create_task(node.packages.require([f"sha256:{number:064x}"])) for number in range(20)]
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.list_files({A: 1, B: 2})
+    own = asyncio.create_task(node.packages.require([B]))
+    await asyncio.sleep(0)
+    node.clock.advance(REFRESH_GAP)
+    async with asyncio.timeout(3):
+        assert await own == {B: 2}
+        refused = await asyncio.gather(*strangers, return_exceptions=True)
+    assert {type(error) for error in refused} == {NotListed}
+    assert node.fetcher.asked == ["/catalog"] * 2
+
+
+async def test_a_refresh_that_failed_is_shared_as_a_failure(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    node.fetcher.down = True
+    waiting = [asyncio.create_task(node.packages.require([B])) for _ in range(3)]
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.clock.advance(REFRESH_GAP)
+    assert {type(error) for error in await asyncio.gather(*waiting, return_exceptions=True)} == {Unavailable}
+
+
+async def test_a_refresh_that_was_cancelled_answers_nobody(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    first = asyncio.create_task(node.packages.require([B]))
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.list_files({A: 1, B: 2})
+    second = asyncio.create_task(node.packages.require([B]))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait({first})
+    await node.when(lambda: node.clock.sleepers == 1)
+    node.clock.advance(REFRESH_GAP)
+    assert await second == {B: 2}
+
+
+async def test_what_is_no_digest_is_refused_without_asking_anybody(node) -> None:
+    for text in ("garbage", "sha256:" + "A" * 64, ""):
+        with pytest.raises(Malformed):
+            await node.packages.require([text])
+    assert node.fetcher.asked == []
+
+
+async def test_a_catalogue_is_verified_once_for_each_refresh(node, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bytes] = []
+    verify = packages.verify
+
+    def counting(envelope: bytes, *args: object, **options: object) -> object:
+        calls.append(envelope)
+        return verify(envelope, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packages, "verify", counting)
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    assert calls == node.fetcher.catalog

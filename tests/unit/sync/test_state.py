@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -91,4 +97,68 @@ def test_a_failed_transaction_leaves_nothing_half_done(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"garbage" * 1000)
     with pytest.raises(StoreFailed):
+        StateStore(tmp_path / "state.db")
+
+
+def test_floors_and_condemned_versions_are_answered_while_the_disk_makes_a_write_wait(tmp_path: Path) -> None:
+    state = StateStore(tmp_path / "state.db")
+    state.activate(*version(1))
+    state.condemn_candidate(*NAME, "digest 0", "bad")
+    other = sqlite3.connect(tmp_path / "state.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = threading.Thread(target=state.activate, args=version(2))
+    writer.start()
+    while not state._lock.locked():
+        time.sleep(0)
+    began = time.monotonic()
+    assert (state.floor(*NAME), state.time_floor()) == (Floor(1, "digest 1"), 1.0)
+    assert state.condemned(*NAME) == ("digest 0", "bad")
+    assert time.monotonic() - began < 0.5
+    other.execute("ROLLBACK")
+    writer.join()
+    assert state.floor(*NAME) == Floor(2, "digest 2")
+    other.close()
+    state.close()
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow: what a full disk says, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_full_disk_does_not_stop_a_restart_and_writing_works_again_once_there_is_room(
+    tmp_path: Path, goodbye: bool
+) -> None:
+    state = StateStore(tmp_path / "state.db")
+    state.activate(*version(1))
+    state.activate(*version(2))
+    if goodbye:
+        state.close()
+    else:
+        there, tmp_path = tmp_path, tmp_path / "after a power cut"
+        tmp_path.mkdir()
+        for name in ("state.db", "state.db-wal"):
+            (tmp_path / name).write_bytes((there / name).read_bytes())
+    with full_disk():
+        again = StateStore(tmp_path / "state.db")
+        assert again.slots(*NAME) == Slots(b"envelope 2", b"envelope 1")
+        assert again.floor(*NAME) == Floor(2, "digest 2")
+        with pytest.raises(StoreFailed):
+            again.accept(*version(3))
+        assert again.floor(*NAME) == Floor(2, "digest 2")
+    again.accept(*version(3))
+    assert again.slots(*NAME).candidate == b"envelope 3"
+    again.close()
+    assert StateStore(tmp_path / "state.db").floor(*NAME) == Floor(3, "digest 3")
+
+
+def test_a_new_store_on_a_full_disk_is_said_so(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(StoreFailed):
         StateStore(tmp_path / "state.db")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import msgspec
 import pytest
 
-from sync.activation import MAX_UNLUCKY
+from sync.activation import MAX_STARTS, MAX_UNLUCKY
 from sync.errors import StoreFailed
+from sync.messages import Document
+from sync.trust import SigningKey, sign
 from sync.updater import STATES
 
 
@@ -123,7 +126,7 @@ async def test_a_file_the_catalogue_does_not_list_is_never_fetched(node) -> None
     envelope = node.package(b'"v1"')
     node.list_files({})
     node.updater.offer(envelope)
-    report = await node.until("refused")
+    report = await node.until("failed")
     assert report.error.startswith("not_listed: ")
     assert node.fetcher.asked == ["/catalog"]
     assert node.state.floor(node.kind, node.scope).revision == 0
@@ -136,26 +139,139 @@ async def test_a_refused_document_is_taken_once_its_files_are_listed(node) -> No
     node.fetcher.catalog = []
     node.list_files({}, revision=1)
     node.updater.offer(envelope)
-    await node.until("refused")
+    await node.until("failed")
     node.fetcher.catalog = [catalog]
     node.list_files({item: len(data) for item, data in node.fetcher.files.items()}, revision=3)
+    await node.pass_time()
+    assert (await node.until("applied")).applied == 1
+
+
+FORGED = SigningKey.from_bytes(b"\3" * 32)
+
+
+def _forged(node) -> bytes:
+    document = Document("catalog", "hub", 9, node.clock.wall(), (), msgspec.Raw(b'{"files":{}}'))
+    return sign(document, [FORGED])
+
+
+BAD_CATALOGUES = {
+    "malformed": lambda node, old: b"garbage",
+    "bad_signature": lambda node, old: _forged(node),
+    "replayed": lambda node, old: old,
+}
+
+
+@pytest.mark.parametrize("code", BAD_CATALOGUES)
+async def test_a_bad_catalogue_delays_an_update_and_never_ends_it(node, code: str) -> None:
+    await node.updater.start()
+    node.list_files({}, revision=1)
+    old = node.fetcher.catalog[0]
+    await apply(node, node.package(b'"v1"'))
+    envelope, good = node.package(b'"v2"'), node.fetcher.catalog
+    node.fetcher.catalog = [BAD_CATALOGUES[code](node, old)]
     node.updater.offer(envelope)
-    await node.when(lambda: node.clock.sleepers == 1)
-    node.clock.advance(1.0)
-    await node.until("applied")
+    report = await node.until("failed")
+    assert report.error.startswith(f"{code}: ")
+    assert (report.applied, node.updater.refusals[code]) == (1, 1)
+    node.fetcher.catalog = good
+    await node.pass_time()
+    assert (await node.until("applied")).applied == 2
 
 
-async def test_wrong_bytes_are_refused_and_the_old_version_serves(node) -> None:
+async def test_a_newer_document_takes_the_place_of_one_whose_file_is_wrong(node) -> None:
+    await node.updater.start()
+    first = node.package(b'"v1"')
+    node.fetcher.files[node.activator.wanted[0]] = b"tampered"
+    node.updater.offer(first)
+    await node.until("failed")
+    node.fetcher.files.clear()
+    node.updater.offer(node.package(b'"v2"'))
+    assert (await node.until("applied")).applied == 2
+
+
+async def test_wrong_bytes_are_never_loaded_and_the_update_waits_for_the_right_ones(node) -> None:
     await node.updater.start()
     await apply(node, node.package(b'"v1"'))
     envelope = node.package(b'"v2"')
-    node.fetcher.files[node.activator.wanted[0]] = b"tampered"
+    (digest,) = node.activator.wanted
+    good, node.fetcher.files[digest] = node.fetcher.files[digest], b"tampered"
     node.updater.offer(envelope)
-    report = await node.until("refused")
+    report = await node.until("failed")
     assert report.error.startswith("digest_mismatch: ")
     assert (report.applied, report.revision) == (1, 2)
     assert node.activator.active == b'"v1"'
-    assert node.state.slots(node.kind, node.scope).candidate is None
+    assert node.state.slots(node.kind, node.scope).candidate == envelope
+    node.fetcher.files[digest] = good
+    await node.pass_time()
+    assert (await node.until("applied")).applied == 2
+
+
+async def test_a_stream_of_garbage_does_not_switch_rolling_back_off(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v2"'))
+    await node.watched()
+    node.activator.judgement = "bad: wrong"
+    node.activator.wanted = ()
+    for _ in range(4):
+        node.clock.advance(0.5)
+        for _ in range(3):
+            node.updater.offer(b"garbage")
+        await node.settle()
+    await node.when(lambda: node.activator.active == b'"v1"')
+
+
+async def test_a_disk_that_refuses_after_the_preparation_does_not_condemn_the_version(
+    node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.updater.start()
+    activate, left = node.state.activate, [MAX_STARTS + 1]
+
+    def full(verified, envelope: bytes) -> None:
+        if verified.document.kind == "desired" and left[0]:
+            left[0] -= 1
+            raise StoreFailed("disk full")
+        activate(verified, envelope)
+
+    monkeypatch.setattr(node.state, "activate", full)
+    node.updater.offer(node.package(b'"v1"'))
+    for attempt in range(MAX_STARTS + 1):
+        await node.when(lambda attempt=attempt: left[0] <= MAX_STARTS - attempt and node.clock.sleepers > 0)
+        node.clock.advance(100)
+    assert (await node.until("applied")).applied == 1
+
+
+async def test_power_cuts_do_not_condemn_a_version_that_proved_itself(node) -> None:
+    await node.updater.start()
+    await apply(node, node.package(b'"v1"'))
+    await apply(node, node.package(b'"v2"'))
+    await node.settle()
+    node.activator.wanted = ()
+    for _ in range(MAX_STARTS + 2):
+        await node.restart(crash=True)
+        node.activator.judgement = "undecided"
+        await node.updater.start()
+        assert node.activator.active == b'"v2"'
+
+
+async def test_an_only_version_that_kills_the_process_is_not_started_for_ever(node) -> None:
+    await node.updater.start()
+    node.activator.judgement = "undecided"
+    node.updater.offer(node.package(b'"v1"'))
+    await node.until("probation")
+    for _ in range(MAX_STARTS):
+        await node.restart(crash=True)
+        node.activator.judgement = "undecided"
+        await node.updater.start()
+        assert node.activator.active == b'"v1"'
+    await node.restart(crash=True)
+    await node.updater.start()
+    assert node.activator.active is None
+    assert node.updater.report.state == "failed"
+    assert "3 times" in node.updater.report.error
+    slots = node.state.slots(node.kind, node.scope)
+    assert slots.active is None and slots.candidate is not None
 
 
 async def test_what_the_activator_rejects_is_refused_with_its_reason_and_not_tried_again(node) -> None:
