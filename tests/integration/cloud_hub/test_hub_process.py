@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import urllib3
-from hub_bench import digest, make_manifest
+from hub_in_memory import digest, make_manifest
 
 from cloud_hub.auth import broker_hash
 from cloud_hub.cli import COMMANDS

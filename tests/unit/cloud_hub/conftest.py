@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hub_bench import Bench, hub_bench
+from hub_in_memory import Bench, hub_bench
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hub_bench import Bench, digest, make_manifest
+from hub_in_memory import Bench, digest, make_manifest
 
 from cloud_hub.app import create_app
 from cloud_hub.gate import MAX_BODY_BYTES

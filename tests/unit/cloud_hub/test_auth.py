@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from fastapi.routing import APIRoute
-from hub_bench import Bench, digest
+from hub_in_memory import Bench, digest
 
 from cloud_hub.app import create_api
 from cloud_hub.auth import OPEN_PATHS, Role, broker_hash, roles_for

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hub_bench import Bench, digest
+from hub_in_memory import Bench, digest
 
 from cloud_hub.api_blobs import parse_range
 from cloud_hub.blobs import Blobs

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_bench import make_manifest
+from hub_in_memory import make_manifest
 
 from cloud_hub.cli import COMMANDS, main
 from cloud_hub.client import find_files

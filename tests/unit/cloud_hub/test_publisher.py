@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 import pytest
-from hub_bench import Bench, eventually, settle
+from hub_in_memory import Bench, eventually, settle
 
 from cloud_hub.documents import MAX_REVISION_JUMP, burnt_revision, must_resend
 from cloud_hub.fleet import YIELD_EVERY
