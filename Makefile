@@ -20,8 +20,9 @@ check: $(VENV)/.test           ## formatting, lint, types, import contracts
 bench: $(VENV)/.test h2load    ## cost per request, beside raw onnxruntime and a FastAPI baseline
 	$(BIN)/python tests/bench/run.py $(ARGS)
 
-zoo: $(VENV)/.convert          ## retrain the models of the zoo (needs torch)
-	$(BIN)/python -m models.zoo.digits.train $(ARGS)
+zoo: $(VENV)/.convert          ## retrain the zoo's models into build/digits (needs torch; the model card has the other steps)
+	$(BIN)/python -m models.zoo.digits.train --work build/digits
+	$(BIN)/python -m models.zoo.digits.int8 --work build/digits
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from cloud_hub.client import HubClient, HubError, publish_folder
-from models.errors import TierlineError
+from models.errors import InvalidRequest, TierlineError
+from models.serving.process import port_number
 from sync.errors import SyncError
 
 DEFAULT_HUB = "http://127.0.0.1:8080"
@@ -28,7 +29,7 @@ def hub(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tierline hub", description="Run the hub until it is told to stop.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the database, the files and the keys")
     parser.add_argument("--host", default="127.0.0.1", help="loopback only until nodes can be enrolled")
-    parser.add_argument("--http-port", type=int, default=8080, help="0 = chosen by the system (default 8080)")
+    parser.add_argument("--http-port", type=port_number, default=8080, help="0 = chosen by the system (default 8080)")
     parser.add_argument("--broker", default="mqtt://127.0.0.1:1883", metavar="URL")
     parser.add_argument("--broker-password-file", type=Path, metavar="FILE", help="password of the broker user _hub-1")
     options = parser.parse_args(argv)
@@ -91,6 +92,8 @@ def deploy(argv: Sequence[str]) -> int:
         body = {"tenant": options.tenant, "selector": dict(options.select), "models": dict(options.model)}
         answer = client.send("PUT", f"/api/v1/deployments/{quote(options.name, safe='')}", body)
         print(f"deployment {answer['name']} decides for {answer['progress']['total']} of the nodes known")
+        if not answer["nodes"]:
+            print("no node known matches: check --tenant and --select", file=sys.stderr)
         _table(("NODE", "STATE", "REASON"), [(n["node"], n["sync"], n["reason"] or "") for n in answer["nodes"]])
 
     return _speak("deploy", options, run)
@@ -117,16 +120,29 @@ def nodes(argv: Sequence[str]) -> int:
 
 def node_add(argv: Sequence[str]) -> int:
     """Register a node and print its token."""
-    parser = _parser("node-add", "Register a node. Its token goes to standard output, and nowhere else.")
+    parser = _parser("node-add", "Register a node. Its token is shown this once.")
     parser.add_argument("id", help="tenant.node")
     parser.add_argument("--tier", required=True, choices=("device", "edge", "cloud"))
     parser.add_argument("--label", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
     parser.add_argument("--group", action="append", default=[])
+    parser.add_argument(
+        "--token-out", type=Path, metavar="FILE", help="a new file for the token, mode 0600; default: print it"
+    )
     options = parser.parse_args(argv)
 
     def run(client: HubClient) -> None:
         body = {"id": options.id, "tier": options.tier, "labels": dict(options.label), "groups": options.group}
-        print(client.send("POST", "/api/v1/nodes", body)["token"])
+        if options.token_out is None:
+            print(client.send("POST", "/api/v1/nodes", body)["token"])
+            return
+        # Made first: a token that could not be written would be lost, and an older one must not be overwritten.
+        with os.fdopen(os.open(options.token_out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            try:
+                file.write(client.send("POST", "/api/v1/nodes", body)["token"])
+            except BaseException:
+                options.token_out.unlink()
+                raise
+        print(f"{options.id} is known; its token is in {options.token_out}")
 
     return _speak("node-add", options, run)
 
@@ -185,12 +201,23 @@ def _speak(command: str, options: argparse.Namespace, run: Callable[[HubClient],
         return 2
 
     def connected() -> int:
-        token = Path(options.token_file).read_text().strip()
-        with closing(HubClient(options.hub, token)) as client:
+        with closing(HubClient(options.hub, _read_token(Path(options.token_file)))) as client:
             run(client)
         return 0
 
     return _reporting(command, connected)
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_bytes().strip().decode("ascii")
+    except OSError as error:
+        raise InvalidRequest(f"--token-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        token = ""
+    if not token or not token.isprintable() or " " in token:
+        raise InvalidRequest(f"--token-file {path}: holds no token")
+    return token
 
 
 def _reporting(command: str, run: Callable[[], int]) -> int:

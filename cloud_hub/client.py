@@ -31,6 +31,8 @@ class HubClient:
     """Raises HubError for every answer that is not a success."""
 
     def __init__(self, url: str, token: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise HubError(f"--hub {url!r} is not http://host:port")
         self._url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {token}"}
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
@@ -72,7 +74,7 @@ class HubClient:
         with self._answer(method, path, **request) as answer:
             body = answer.read(MAX_ANSWER_BYTES)
             if not 200 <= answer.status < 300:
-                raise HubError(_explain(answer.status, body))
+                raise HubError(_explain(self._url, answer.status, body))
             return msgspec.json.decode(body) if body else None
 
     @contextmanager
@@ -101,11 +103,13 @@ def _cause(error: Exception) -> str:
     return str(inner) or type(inner).__name__
 
 
-def _explain(status: int, body: bytes) -> str:
+def _explain(url: str, status: int, body: bytes) -> str:
     try:
-        return str(msgspec.json.decode(body, type=dict[str, Any])["error"])
-    except (msgspec.MsgspecError, KeyError):
-        return f"the hub answered with status {status}"
+        text = str(msgspec.json.decode(body, type=dict[str, Any])["error"])
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+        text = f"status {status}"
+    # A hub names what it misses: this is the answer of something else, or of another path.
+    return f"is {url} a hub? It says: {text}" if status == 404 and "/" in text else text
 
 
 def publish_folder(hub: HubClient, folder: Path) -> tuple[str, int]:
@@ -114,7 +118,10 @@ def publish_folder(hub: HubClient, folder: Path) -> tuple[str, int]:
     Raises InvalidManifest when the folder does not hold what its manifest names, HubError, OSError.
     """
     content = _read_manifest(folder / "manifest.json")
-    manifest = decode_manifest(content)
+    try:
+        manifest = decode_manifest(content)
+    except InvalidManifest as error:
+        raise InvalidManifest(f"{folder / 'manifest.json'}: {error}") from error
     files = find_files(folder, manifest)
     missing = [digest for digest in files if not hub.has_blob(digest)]
     for digest in missing:
@@ -132,15 +139,20 @@ def _read_manifest(path: Path) -> bytes:
 
 def find_files(folder: Path, manifest: Manifest) -> dict[str, Path]:
     """Digest -> file of everything the manifest names; names are free, content decides. Raises InvalidManifest."""
-    wanted = {blob.digest: blob.size for blob in (manifest.golden, *(variant.blob for variant in manifest.variants))}
+    uses = {f"variant {variant.engine} {variant.precision}": variant.blob for variant in manifest.variants}
+    uses["golden"] = manifest.golden
+    wanted = {blob.digest: blob.size for blob in uses.values()}
     found: dict[str, Path] = {}
     for count, path in enumerate(sorted(folder.iterdir())):
         if count >= MAX_FILES:
             raise InvalidManifest(f"{folder} holds more than {MAX_FILES} files")
-        if path.is_file() and path.stat().st_size in wanted.values():
+        if path.is_file():
             with path.open("rb") as file:
                 found.setdefault(f"sha256:{file_digest(file, 'sha256').hexdigest()}", path)
-    for digest in wanted:
-        if digest not in found:
-            raise InvalidManifest(f"{folder}: no file has the content {digest} that manifest.json names")
+    for use, blob in uses.items():
+        if blob.digest not in found:
+            raise InvalidManifest(f"{folder}: {use}: no file here has the content {blob.digest}")
+        size = found[blob.digest].stat().st_size
+        if size != blob.size:
+            raise InvalidManifest(f"{folder}: {use}: {blob.size} bytes stated, {found[blob.digest].name} has {size}")
     return {digest: found[digest] for digest in wanted}

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from models.engines import available_engines
 from models.serving.local import Local
 from models.serving.policy_book import PolicyBook
-from models.serving.process import announce, configure_logging, run_until_stopped
+from models.serving.process import MAX_PORT, announce, configure_logging, port_number, run_until_stopped
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.router import Router
@@ -39,6 +39,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= MAX_PORT or self.threads < 1:
+            raise ValueError(f"port is 0 to {MAX_PORT}, threads 1 or more")
 
 
 @asynccontextmanager
@@ -64,7 +68,7 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
 def worker(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tierline worker", description="Run a cloud worker.")
     parser.add_argument("config", type=Path, help="TOML file: host, port, threads, [node]")
-    parser.add_argument("--http-port", type=int, help="overrides port; 0 = chosen by the system")
+    parser.add_argument("--http-port", type=port_number, help="overrides port; 0 = chosen by the system")
     options = parser.parse_args(argv)
     try:
         config = load_config(options.config, WorkerConfig)

@@ -15,6 +15,7 @@ import urllib3
 from deploy.broker import Broker
 from deploy.local import HubApi
 from deploy.processes import DeployError
+from models.serving.process import port_number
 
 REFRESH_SECONDS = 2.0
 """How often the hub is asked whom it knows: a node that was just added waits at most this long."""
@@ -27,7 +28,7 @@ def broker(argv: Sequence[str]) -> int:
         "let in, every two seconds, as soon as the hub answers.",
     )
     parser.add_argument("folder", type=Path, help="where passwords, access list and retained messages are kept")
-    parser.add_argument("--port", type=int, default=1883, help="default 1883")
+    parser.add_argument("--port", type=port_number, default=1883, help="default 1883")
     parser.add_argument("--hub", default=os.environ.get("TIERLINE_HUB", "http://127.0.0.1:8080"), metavar="URL")
     parser.add_argument("--token-file", type=Path, default=os.environ.get("TIERLINE_TOKEN_FILE"), metavar="FILE")
     options = parser.parse_args(argv)
@@ -35,8 +36,9 @@ def broker(argv: Sequence[str]) -> int:
         parser.error("--token-file (or TIERLINE_TOKEN_FILE) must name the hub's admin token; it may not exist yet")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    running = Broker(options.folder, options.port)
+    running: Broker | None = None
     try:
+        running = Broker(options.folder, options.port)
         running.start()
         print(
             f"{running.note}\nlistening on {running.url}\nthe hub's password is in {running.hub_password}", flush=True
@@ -44,11 +46,12 @@ def broker(argv: Sequence[str]) -> int:
         _follow(running, options.hub, Path(options.token_file))
     except KeyboardInterrupt:
         return 0
-    except DeployError as error:
+    except (DeployError, OSError) as error:
         print(f"tierline broker: {error}", file=sys.stderr)
         return 2
     finally:
-        running.stop()
+        if running is not None:
+            running.stop()
     return 1
 
 
@@ -60,7 +63,7 @@ def _follow(running: Broker, hub: str, token_file: Path) -> None:
             access = HubApi(hub, token_file.read_text().strip()).call("GET", "/api/v1/broker/access")
             running.admit(access["passwords"], access["acl"])
             trouble = ""
-        except (OSError, urllib3.exceptions.HTTPError, DeployError) as error:
+        except (OSError, ValueError, urllib3.exceptions.HTTPError, DeployError) as error:
             trouble = str(error)
         if bool(trouble) != bool(told):
             print(f"waiting for the hub: {trouble}" if trouble else "letting in whom the hub knows", flush=True)

@@ -41,6 +41,8 @@ def demo(argv: Sequence[str]) -> int:
         "--folder", type=Path, help="where to keep data and logs (default: a temporary folder, removed)"
     )
     options = parser.parse_args(argv)
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: the folder of {options.json} does not exist")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="tierline-demo-"))
     narrator = Narrator()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -53,7 +55,7 @@ def demo(argv: Sequence[str]) -> int:
                 options.json.write_text(json.dumps(found, indent=2) + "\n")
                 narrator.say(f"figures written to {options.json}")
             if options.keep:
-                narrator.say(how_to_try(running))
+                print(f"\n{how_to_try(running)}", flush=True)  # unindented: lines to paste
                 _wait_for_interrupt()
             narrator.chapter("Stopping everything that was started")
     except DeployError as error:

@@ -14,7 +14,7 @@ def how_to_try(cluster: Cluster) -> str:
     edge, cloud, hub = cluster.urls["edge-1"], cluster.urls["cloud-1"], cluster.urls["hub"]
     token = cluster.hub_data / "admin.token"
     images, labels = digits.held_out()
-    pixels = ",".join(f"{value:.0f}" for value in images[0])
+    pixels = ",".join(f"{value:.1f}" for value in images[0])
     body = f'{{"inputs":[{{"name":"image","datatype":"FP32","shape":[1,64],"data":[{pixels}]}}]}}'
     device = cluster.configure_device("device-2", edge="edge-1")
     bearer = f"headers={{'authorization': 'Bearer ' + open('{token}').read().strip()}}"
@@ -31,8 +31,8 @@ curl -s {cloud}/v2/models/digits/infer -d '{body}'
 {python} "{get}('{cloud}/v2/models/digits')).read().decode())"
 
 device, through the SDK and as a process on standard input:
-{python} "from device_agent import BlockingAgent as A
-with A('{device}') as agent: agent.wait_for('digits'); print(agent.infer('digits', {{'image': [[{pixels}]]}}))"
+{python} "from device_agent import BlockingAgent as A; a = A('{device}').__enter__(); a.wait_for('digits'); \
+print(a.infer('digits', {{'image': [[{pixels}]]}})); a.__exit__()"
 echo '{{"model":"digits","inputs":{{"image":[[{pixels}]]}}}}' | {sys.executable} -m tierline device {device}
 
 hub: {hub} (documentation at {hub}/docs)

@@ -112,8 +112,10 @@ class Agent:
     ) -> Answer:
         """Answer on this device, or from the tier above when confidence asks for it and the deadline allows it.
 
-        `inputs`: name -> array or nested lists, as the model's metadata describes them. `deadline_ms`: milliseconds from
-        now, None = the routing policy's default. `min_confidence`: 0..1, answers below it are escalated; None = the
+        `inputs`: name -> array or nested lists, as the model's metadata describes them. Lists for a model that is not on this
+        device go up as FP32 when they hold fractions and as INT64 when not: arrays are safer there.
+        `deadline_ms`: milliseconds from now, None = the routing policy's default.
+        `min_confidence`: 0..1, answers below it are escalated; None = the
         policy's, else the package's threshold. `outputs`: names wanted, () = all.
 
         Raises InvalidRequest (naming the input), NotFound, DeadlineExceeded, Unreachable: see `models.errors`.

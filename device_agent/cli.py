@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
+import stat
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -60,23 +62,45 @@ def device(argv: Sequence[str]) -> int:
 
 
 async def _serve(agent: Agent) -> None:
+    async with agent, _lag() as lag, _lines() as lines:
+        async for line in lines:
+            if len(line) > MAX_LINE_BYTES:
+                _write({"error": f"a line is longer than {MAX_LINE_BYTES} bytes"})
+                return
+            lag.worst = 0.0
+            _write(await _answer(agent, line) | {"lag_ms": round(lag.worst * 1e3, 3)})
+
+
+@asynccontextmanager
+async def _lines() -> AsyncIterator[AsyncIterator[bytes]]:
+    """Standard input line by line: from a pipe or a terminal without a thread, from a file (which never blocks) with one."""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdin.isatty()):
+        yield _file_lines()
+        return
     reader = asyncio.StreamReader(limit=MAX_LINE_BYTES)
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     try:
-        async with agent, _lag() as lag:
-            while True:
-                try:
-                    line = await reader.readline()
-                except ValueError:
-                    _write({"error": f"a line is longer than {MAX_LINE_BYTES} bytes"})
-                    return
-                if not line:
-                    return
-                lag.worst = 0.0
-                _write(await _answer(agent, line) | {"lag_ms": round(lag.worst * 1e3, 3)})
+        yield _pipe_lines(reader)
     finally:
         transport.close()
+
+
+async def _file_lines() -> AsyncIterator[bytes]:
+    while line := await asyncio.to_thread(sys.stdin.buffer.readline, MAX_LINE_BYTES + 1):
+        yield line
+
+
+async def _pipe_lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            line = await reader.readline()
+        except ValueError:
+            line = b" " * (MAX_LINE_BYTES + 1)  # the reader has dropped it: only its being too long is known
+        if not line:
+            return
+        yield line
 
 
 async def _answer(agent: Agent, line: bytes) -> dict[str, object]:

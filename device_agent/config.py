@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from models.serving.remote import check_url
 from sync.errors import InvalidConfig
 from sync.identity import Membership, load_config
 
@@ -20,6 +21,12 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: Membership
     edge: str | None = None
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.edge is not None:
+            check_url(self.edge)
+        if self.threads < 1:
+            raise ValueError(f"threads {self.threads} is not 1 or more")
 
 
 def load_agent_config(path: Path) -> AgentConfig:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from edge_node.config import EdgeConfig, load_edge_config
 from edge_node.node import EdgeNode, edge_node
-from models.serving.process import announce, configure_logging, run_until_stopped
+from models.serving.process import announce, configure_logging, port_number, run_until_stopped
 from sync.errors import SyncError
 
 
 def edge(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tierline edge", description="Run an edge node.")
     parser.add_argument("config", type=Path, help="TOML file: [node], [listen], [up]")
-    parser.add_argument("--http-port", type=int, help="overrides listen.port; 0 = chosen by the system")
+    parser.add_argument("--http-port", type=port_number, help="overrides listen.port; 0 = chosen by the system")
     options = parser.parse_args(argv)
     try:
         config = load_edge_config(options.config)

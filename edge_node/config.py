@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from models.serving.process import MAX_PORT
+from models.serving.remote import check_url
 from sync.errors import InvalidConfig
 from sync.identity import LOOPBACK, Membership, load_config
 
@@ -16,17 +18,28 @@ class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= MAX_PORT:
+            raise ValueError(f"port {self.port} is not 0 to {MAX_PORT}")
+
 
 class Up(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The tier above: the base URL of a server that speaks the Open Inference Protocol."""
 
     url: str
 
+    def __post_init__(self) -> None:
+        check_url(self.url)
+
 
 class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`threads`: engine threads for models too slow to run in the event loop (0.2 ms); one per core is enough."""
 
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads {self.threads} is not 1 or more")
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from models.errors import PackageError
 from models.serving.folder import Models, load_folder
 from models.serving.local import Local
-from models.serving.process import run_until_stopped
+from models.serving.process import port_number, run_until_stopped
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.server import serve_http
@@ -64,17 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
-        "--http-port", type=_port, default=8000, help="port to listen on, 0 = any free one (default: 8000)"
+        "--http-port", type=port_number, default=8000, help="port to listen on, 0 = any free one (default: 8000)"
     )
     parser.add_argument("--insecure", action="store_true", help="allow an address that other machines can reach")
     return parser
-
-
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError
-    return port
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
@@ -13,6 +14,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
+
+MAX_PORT = 65_535
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a Python thread may keep the interpreter from the event loop. With the default of 5 ms, one busy thread beside
@@ -37,6 +40,13 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             event["trace"] = self.formatException(record.exc_info)
         return msgspec.json.encode(event).decode()
+
+
+def port_number(text: str) -> int:
+    """A TCP port from a command line, 0 = chosen by the system. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text[:9]) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {MAX_PORT}")
+    return int(text)
 
 
 def configure_logging(node: str, level: int = logging.INFO) -> None:

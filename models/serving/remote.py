@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from functools import lru_cache
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import msgspec
 
@@ -52,6 +52,14 @@ _ERRORS: dict[int, type[TierlineError]] = {
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]{1,4096}")
 
 
+def check_url(url: str) -> SplitResult:
+    """The parts of a base URL that `Remote` can use. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is not http://host:port")
+    return parts
+
+
 class _Error(msgspec.Struct):
     error: str
 
@@ -74,15 +82,13 @@ class Remote:
         max_connections: int = 8,
         default_timeout: float = 10.0,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.fragment:
-            raise ValueError(f"{url!r} is not http://host:port")
+        parts = check_url(url)
         if token is not None and not _HEADER_VALUE.fullmatch(token):
             raise ValueError("the token holds characters that a header cannot carry")
         self._tier = tier
         self._prefix = parts.path.rstrip("/")
         self._default_timeout = default_timeout
-        self._pool = Pool(parts.hostname, parts.port or 80, size=max_connections, connect_timeout=connect_timeout)
+        self._pool = Pool(parts.hostname or "", parts.port or 80, size=max_connections, connect_timeout=connect_timeout)
         credential = "" if token is None else f"authorization: Bearer {token}\r\n"
         self._shared_head = f" HTTP/1.1\r\nhost: {parts.netloc}\r\n{credential}".encode("ascii")
         self._infer_head = lru_cache(maxsize=256)(self._make_infer_head)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from models.errors import CallerError, DeadlineExceeded, NotFound, NotReady, TierlineError, TryAgain, Unreachable
+from models.errors import CallerError, DeadlineExceeded, NotReady, TierlineError, TryAgain, Unreachable
 from models.policy import Arm, Decision, Features, Reason, Rule, choose, escalate
 from models.serving.estimates import Breaker, Estimate
 from models.serving.policy_book import PolicyBook
@@ -114,7 +114,7 @@ class Router:
     async def _up_first(self, request: InferRequest, rule: Rule, has_here: bool) -> InferResponse:
         """Ask above first; fall back to this tier when it has the model, else say why there is no answer."""
         if self._up is None:
-            raise NotFound(f"model '{request.model}' is not served here, and there is no tier above to ask")
+            return await self._here.infer(request)  # it says exactly what is missing: the model, or this version of it
         outcome = await self._ask_up(request, rule, Decision(Arm.UP, Reason.UPWARD), keep_time=has_here)
         if isinstance(outcome, InferResponse):
             return outcome

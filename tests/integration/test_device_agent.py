@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -172,6 +173,23 @@ def test_the_process_on_standard_input_answers_every_line(config: Path) -> None:
     assert all(isinstance(line["error"], str) and line["error"] != "internal error" for line in refused)
     assert answer["id"] == "good"
     assert np.shape(answer["outputs"]["probabilities"]) == (1, 10)
+
+
+def test_standard_input_may_be_a_file_or_nothing(config: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"model":"digits","inputs":{"image":[[' + ",".join(["0.5"] * 64) + ']]},"deadline_ms":2000}\n')
+    for source, answers in ((requests, 1), (Path(os.devnull), 0)):
+        with source.open("rb") as file:
+            run = subprocess.run(
+                [sys.executable, "-m", "tierline", "device", str(config)],
+                stdin=file,
+                capture_output=True,
+                timeout=60,
+                check=True,
+            )
+        assert [json.loads(line)["tier"] for line in run.stdout.splitlines()] in ([], ["device"], ["edge"])
+        assert len(run.stdout.splitlines()) == answers
+        assert b"Traceback" not in run.stderr
 
 
 async def test_outside_its_block_an_agent_says_so(config: Path) -> None:

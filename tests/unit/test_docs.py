@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tierline
+from device_agent import load_agent_config
 from edge_node.config import load_edge_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +27,19 @@ def test_python_in_the_readme_compiles(code: str) -> None:
 
 
 def test_the_readmes_node_configuration_is_accepted(tmp_path: Path) -> None:
-    (text,) = blocks("toml")
+    text, _ = blocks("toml")
     path = tmp_path / "edge.toml"
     path.write_text(text)
     assert load_edge_config(path).node.id == "acme.gateway-1"
     path.write_text(re.sub(r"^# (\[up\]|url)", r"\1", text, flags=re.MULTILINE))
     assert load_edge_config(path).up is not None
+
+
+def test_the_readmes_device_configuration_is_accepted(tmp_path: Path) -> None:
+    _, text = blocks("toml")
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    assert load_agent_config(path).node.id == "acme.phone-1"
 
 
 def test_every_command_the_readme_names_exists() -> None:

@@ -55,7 +55,7 @@ def quantize(source: Path, target: Path, images: Array) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize the device package to INT8 ONNX.")
-    parser.add_argument("--work", type=Path, required=True, help="the folder that `train` filled")
+    parser.add_argument("--work", type=Path, default=Path("build/digits"), help="the folder that `train` filled")
     images = load_split().calibration.pixels()
     for folder in sorted(parser.parse_args().work.glob("*/digits-int8")):
         quantize(folder / "float.onnx", folder / "int8.onnx", images)

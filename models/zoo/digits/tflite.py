@@ -41,7 +41,7 @@ def convert(weights: Path, images: Array) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert the device package to INT8 TFLite.")
-    parser.add_argument("--work", type=Path, required=True, help="the folder that `train` filled")
+    parser.add_argument("--work", type=Path, default=Path("build/digits"), help="the folder that `train` filled")
     images = load_split().calibration.pixels()
     print(f"tensorflow {tf.__version__}")
     for folder in sorted(parser.parse_args().work.glob("*/digits-int8")):

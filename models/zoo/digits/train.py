@@ -204,7 +204,7 @@ def save_weights(model: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the digits models and export them to ONNX.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the intermediate files")
+    parser.add_argument("--work", type=Path, default=Path("build/digits"), help="folder for the intermediate files")
     work = parser.parse_args().work
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -115,7 +115,7 @@ def test_files_are_found_by_content_whatever_they_are_called(tmp_path: Path) -> 
     (folder / "noise").write_bytes(b"MODEL")
     manifest = make_manifest("digits-cnn", "1", b"golden", b"model")
     assert find_files(folder, manifest)[manifest.variants[0].blob.digest].name == "renamed"
-    with pytest.raises(InvalidManifest, match="no file has the content"):
+    with pytest.raises(InvalidManifest, match="variant onnx fp32: no file here has the content"):
         find_files(tmp_path, manifest)
 
 

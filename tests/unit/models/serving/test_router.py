@@ -41,6 +41,8 @@ class Here:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         self.calls += 1
+        if request.model not in self.models:
+            raise NotFound(f"model '{request.model}' is not served here")
         return self.answer
 
 
