@@ -77,6 +77,8 @@ class ControlPlane:
                 tasks.create_task(self._receive())
                 tasks.create_task(self._report_changes())
         finally:
+            if self._changed.is_set():
+                self._say(self._reported(), "reported")  # what changed during the pause between two reports
             self._say(State(state="disconnected", boot=self._boot, at=self._clock.wall()), "state")
 
     def _announce(self) -> None:

@@ -103,6 +103,17 @@ async def test_birth_capabilities_and_goodbye_are_said(site: Site) -> None:
     assert site.state() == "disconnected"
 
 
+async def test_what_changed_just_before_leaving_is_still_reported(site: Site) -> None:
+    async with site.joined():
+        await site.born()
+        # The clock stands still from here: the pause between two reports never ends by itself.
+        site.broker.publish(POLICY, site.policy(b'"p1"', 1), retain=True)
+        async with asyncio.timeout(3):
+            while site.activators["policy"].active != b'"p1"':
+                await asyncio.sleep(0)
+    assert site.reported().documents["policy"].applied == 1
+
+
 async def test_the_will_says_lost_and_the_next_connect_says_everything_again(site: Site) -> None:
     async with site.joined() as (_, link):
         await site.born()
