@@ -16,13 +16,14 @@ import msgspec
 from msgspec.structs import replace
 
 from models.engines import available_engines
+from models.serving.http.server import HttpServer, serve_http
 from models.serving.local import Local
+from models.serving.plane import DataPlane
 from models.serving.policy_book import PolicyBook
 from models.serving.process import MAX_PORT, announce, configure_logging, port_number, run_until_stopped
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.router import Router
-from models.serving.server import HttpServer, serve_http
 from sync.activation import Activator
 from sync.errors import InvalidConfig, SyncError
 from sync.identity import LOOPBACK, Membership, load_config
@@ -57,7 +58,7 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
     activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
         async with join(config.node, activators=activators, capabilities=capabilities, running=repository.running):
-            handler = RestHandler(router, repository, ready=repository.is_settled)
+            handler = RestHandler(DataPlane(router, repository, ready=repository.is_settled))
             async with serve_http(handler, host=config.host, port=config.port) as server:
                 yield server
     finally:

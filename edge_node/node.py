@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from edge_node.blobs import BlobMirror
 from edge_node.config import EdgeConfig
 from models.engines import available_engines
+from models.serving.http.server import HttpServer, serve_http
 from models.serving.local import Local
+from models.serving.plane import DataPlane
 from models.serving.policy_book import PolicyBook
 from models.serving.remote import Remote
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
 from models.serving.router import Router
-from models.serving.server import HttpServer, serve_http
 from sync.activation import Activator
 from sync.member import Member, join
 from sync.messages import Capabilities
@@ -60,7 +61,7 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
             config.node, activators=activators, capabilities=capabilities, running=repository.running
         ) as member:
             mirror = BlobMirror(member.packages, member.fetcher)
-            handler = RestHandler(router, repository, ready=repository.is_settled, extra=mirror.routes)
+            handler = RestHandler(DataPlane(router, repository, ready=repository.is_settled), extra=mirror.routes)
             listen = config.listen
             async with router.probing(), serve_http(handler, host=listen.host, port=listen.port) as server:
                 yield EdgeNode(server, member, repository, router)

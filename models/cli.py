@@ -12,11 +12,12 @@ from pathlib import Path
 
 from models.errors import PackageError
 from models.serving.folder import Models, load_folder
+from models.serving.http.server import serve_http
 from models.serving.local import Local
+from models.serving.plane import DataPlane
 from models.serving.process import port_number, run_until_stopped
 from models.serving.repository import Repository
 from models.serving.rest import RestHandler
-from models.serving.server import serve_http
 
 TIER = "edge"
 
@@ -45,7 +46,7 @@ async def _serving(models: Models, host: str, port: int) -> AsyncIterator[None]:
     local = Local(repository, TIER)
     try:
         repository.install(models)
-        handler = RestHandler(local, repository, ready=repository.is_settled)
+        handler = RestHandler(DataPlane(local, repository, ready=repository.is_settled))
         async with serve_http(handler, host=host, port=port) as server:
             for name in repository.names():
                 known = repository.describe(name, None)

@@ -35,8 +35,15 @@ class Unauthenticated(CallerError):
     grpc = "UNAUTHENTICATED"
 
 
+class Forbidden(CallerError):
+    """The caller is known and may not do this."""
+
+    http = 403
+    grpc = "PERMISSION_DENIED"
+
+
 class NotFound(CallerError):
-    """No such model, version, route or blob."""
+    """No such model, version, route or blob; also what a caller may not know of."""
 
     http = 404
     grpc = "NOT_FOUND"
@@ -47,6 +54,13 @@ class MethodNotAllowed(CallerError):
 
     http = 405
     grpc = "UNIMPLEMENTED"
+
+
+class Conflict(CallerError):
+    """Well formed, but not in the present state: what it asks for is decided elsewhere, or has already happened."""
+
+    http = 409
+    grpc = "FAILED_PRECONDITION"
 
 
 class TooLarge(CallerError):

@@ -140,6 +140,8 @@ def decode_request(
     version: str | None = None,
     deadline: float | None = None,
     trace: str | None = None,
+    tenant: str | None = None,
+    client: str | None = None,
     heads: Heads | None = None,
 ) -> tuple[InferRequest, OutputForm]:
     """An infer request. `header_length`: bytes of JSON before the binary data, None = all of the body is JSON.
@@ -169,6 +171,8 @@ def decode_request(
         deadline=deadline,
         min_confidence=head.min_confidence,
         priority=head.priority,
+        tenant=tenant,
+        client=client,
         trace=trace,
         id=head.id,
         parameters=head.parameters,

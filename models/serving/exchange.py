@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from models.errors import Overloaded, TierlineError
+from models.errors import Overloaded, TierlineError, Unauthenticated
+from models.serving.caller import LOCAL_PEER, Peer
 
 JSON = b"content-type: application/json\r\n"
 OCTETS = b"content-type: application/octet-stream\r\n"
@@ -22,25 +24,66 @@ class FileBody(msgspec.Struct, frozen=True):
     length: int
 
 
-class HttpRequest(msgspec.Struct):
-    """A complete request. `path` is still percent-encoded; `query` is what follows '?', or ''.
+class Upgrade(msgspec.Struct, frozen=True):
+    """The connection changes to another protocol: `start` makes it, once the 101 is written.
 
-    `headers`: names in lower case; of a header sent twice, the last one counts.
+    It is then called like any protocol of its own: `connection_made`, and `data_received` with what had already arrived.
+    """
+
+    start: Callable[[], asyncio.Protocol]
+
+
+class HttpHead(msgspec.Struct):
+    """A request without its body. `path` is still percent-encoded; `query` is what follows '?', or ''.
+
+    `headers`: names in lower case; of a header sent twice, the last one counts. `memo`: a handler may keep here what it has
+    worked out from the head alone: a connection hands the same object over again when the same bytes come again.
     """
 
     method: str
     path: str
     query: str
     headers: dict[bytes, bytes]
-    body: bytes
+    peer: Peer = LOCAL_PEER
+    memo: Any = None
+
+
+class HttpRequest(msgspec.Struct):
+    """A complete request."""
+
+    head: HttpHead
+    body: bytes = b""
+
+    @property
+    def method(self) -> str:
+        return self.head.method
+
+    @property
+    def path(self) -> str:
+        return self.head.path
+
+    @property
+    def query(self) -> str:
+        return self.head.query
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return self.head.headers
+
+    @property
+    def peer(self) -> Peer:
+        return self.head.peer
 
 
 class HttpResponse(msgspec.Struct):
-    """An answer. `headers` are ready lines, each ended by CRLF (`header_lines` makes them); lengths are added by the server."""
+    """An answer. `headers` are ready lines, each ended by CRLF (`header_lines` makes them); lengths are added by the server.
+
+    A body of `Upgrade` belongs to status 101 alone.
+    """
 
     status: int
     headers: bytes = JSON
-    body: bytes | list[bytes] | FileBody = b""
+    body: bytes | list[bytes] | FileBody | Upgrade = b""
 
 
 Handler = Callable[[HttpRequest], Coroutine[Any, Any, HttpResponse]]
@@ -68,4 +111,6 @@ def error_response(error: TierlineError) -> HttpResponse:
     headers = JSON
     if isinstance(error, Overloaded):
         headers += b"retry-after: %d\r\n" % max(1, round(error.retry_after + 0.5))
+    elif isinstance(error, Unauthenticated):
+        headers += b"www-authenticate: Bearer\r\n"
     return HttpResponse(error.http, headers, error_body(str(error)))

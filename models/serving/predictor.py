@@ -2,8 +2,9 @@
 
 Behaviour is added by wrapping:
 
-    cloud worker   Local
-    edge node      Router(here=Local, up=Remote(cloud))
+    tierline serve Meter(Guard(Cache(Local)))
+    cloud worker   Meter(Guard(Router(here=Cache(Local), up=None)))
+    edge node      Meter(Guard(Router(here=Cache(Local), up=Remote(cloud))))
     device agent   Router(here=Local, up=Remote(edge))
 
 Times are monotonic seconds of this process (`time.monotonic`); on the wire a deadline travels as remaining milliseconds.
@@ -25,6 +26,8 @@ class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
     `inputs`: name -> array, as the model's metadata describes them. `outputs`: names wanted, () = all.
     `version`: a version of the model, None = the one being served. `deadline`: monotonic seconds, None = the policy's default.
     `min_confidence`: 0..1, answers below it are escalated; None = the policy's, else the package's threshold.
+    `priority`: 0 = default, 1 = high, 2 = normal, 3 and above = low. `tenant`, `client`: whose request it is and which of
+    their programs sent it, None = not authenticated. `trace`: a W3C traceparent, None = none.
     `parameters`: the protocol's own, passed through untouched.
     """
 
@@ -36,6 +39,7 @@ class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
     min_confidence: float | None = None
     priority: int = 0
     tenant: str | None = None
+    client: str | None = None
     trace: str | None = None
     id: str | None = None
     parameters: Mapping[str, object] = {}

@@ -7,7 +7,7 @@ import pytest
 
 from edge_node.blobs import BlobMirror
 from models.errors import InvalidRequest, NotFound, Unreachable
-from models.serving.exchange import FileBody, HttpRequest
+from models.serving.exchange import FileBody, HttpHead, HttpRequest
 from sync.errors import DigestMismatch, NotListed, Unavailable
 
 DIGEST = "sha256:" + "ab" * 32
@@ -46,7 +46,7 @@ def mirror(path: Path, error: Exception | None = None, envelope: bytes | None = 
 
 
 def get(path: str, **headers: bytes) -> HttpRequest:
-    return HttpRequest("GET", path, "", {name.encode(): value for name, value in headers.items()}, b"")
+    return HttpRequest(HttpHead("GET", path, "", {name.encode(): value for name, value in headers.items()}))
 
 
 async def test_a_listed_file_is_sent_whole(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from models.serving.drive import drive
+from models.serving.drive import Driven, Parked, drive
 
 Scenario = Callable[[], Awaitable[None]]
 
@@ -29,7 +29,7 @@ class Outcome:
         return self.calls[0]
 
 
-def start(coroutine: Coroutine[Any, Any, object]) -> tuple[asyncio.Task[object] | None, Outcome]:
+def start(coroutine: Coroutine[Any, Any, object]) -> tuple[Driven[object] | None, Outcome]:
     outcome = Outcome()
     return drive(coroutine, outcome, asyncio.get_running_loop()), outcome
 
@@ -73,7 +73,88 @@ async def suspended_result_comes_from_a_task() -> None:
     assert task is not None
     assert not outcome.calls
     future.set_result("x")
-    assert await outcome.only() == (("x", task), None)
+    assert await outcome.only() == (("x", task._task), None)
+
+
+async def a_parked_coroutine_goes_on_when_its_result_is_given() -> None:
+    parked: Parked[int] = Parked(asyncio.get_running_loop())
+
+    async def waiting() -> int:
+        return await parked + 1
+
+    driven, outcome = start(waiting())
+    assert driven is not None
+    assert not outcome.calls
+    parked.give(41)
+    assert outcome.calls == [(42, None)]
+    parked.give(7)
+    assert len(outcome.calls) == 1
+
+
+async def a_parked_coroutine_sees_the_error_and_may_park_again() -> None:
+    loop = asyncio.get_running_loop()
+    first: Parked[int] = Parked(loop)
+    second: Parked[int] = Parked(loop)
+
+    async def waiting() -> int:
+        try:
+            return await first
+        except ValueError:
+            return await second
+
+    _, outcome = start(waiting())
+    first.fail(ValueError("no"))
+    assert not outcome.calls
+    second.give(2)
+    assert outcome.calls == [(2, None)]
+
+
+async def a_parked_coroutine_is_cancelled_at_once_and_its_giver_is_told() -> None:
+    dropped: list[str] = []
+    parked: Parked[int] = Parked(asyncio.get_running_loop(), lambda: dropped.append("x"))
+
+    async def waiting() -> int:
+        return await parked
+
+    driven, outcome = start(waiting())
+    assert driven is not None
+    driven.cancel()
+    assert isinstance(outcome.calls[0][1], asyncio.CancelledError)
+    assert dropped == ["x"]
+    parked.give(1)
+    assert len(outcome.calls) == 1
+
+
+async def after_parking_a_coroutine_may_still_suspend_on_a_future() -> None:
+    parked: Parked[int] = Parked(asyncio.get_running_loop())
+
+    async def waiting() -> int:
+        first = await parked
+        await asyncio.sleep(0)
+        return first
+
+    _, outcome = start(waiting())
+    parked.give(3)
+    assert await outcome.only() == (3, None)
+
+
+async def a_task_may_await_what_is_parked() -> None:
+    loop = asyncio.get_running_loop()
+    given: Parked[int] = Parked(loop)
+    late: Parked[int] = Parked(loop)
+
+    async def waiting(parked: Parked[int]) -> int:
+        return await parked
+
+    task, cancelled = loop.create_task(waiting(given)), loop.create_task(waiting(late))
+    await asyncio.sleep(0)
+    given.give(5)
+    assert await task == 5
+    cancelled.cancel()
+    done, _ = await asyncio.wait((cancelled,), timeout=1)
+    assert done
+    assert cancelled.cancelled()
+    assert late.cancelled()
 
 
 async def the_first_futures_error_reaches_the_coroutine() -> None:
@@ -159,6 +240,11 @@ SCENARIOS: list[Scenario] = [
     inline_error_is_delivered,
     inline_cancellation_is_delivered,
     suspended_result_comes_from_a_task,
+    a_parked_coroutine_goes_on_when_its_result_is_given,
+    a_parked_coroutine_sees_the_error_and_may_park_again,
+    a_parked_coroutine_is_cancelled_at_once_and_its_giver_is_told,
+    after_parking_a_coroutine_may_still_suspend_on_a_future,
+    a_task_may_await_what_is_parked,
     the_first_futures_error_reaches_the_coroutine,
     the_first_futures_error_may_be_the_end,
     cancelling_before_the_task_began_reaches_the_coroutine,

@@ -24,10 +24,11 @@ from models.errors import (
     Unreachable,
 )
 from models.serving.exchange import Handler, HttpRequest, HttpResponse, error_response
+from models.serving.http.server import serve_http
+from models.serving.plane import DataPlane
 from models.serving.predictor import InferRequest
 from models.serving.remote import Remote
 from models.serving.rest import RestHandler
-from models.serving.server import serve_http
 from models.serving.wire import MAX_RESPONSE_HEAD_BYTES
 from models.testing import FailingPredictor, SlowPredictor, StaticPredictor
 
@@ -49,7 +50,7 @@ async def remote_of(handler: Handler, **options: Any) -> AsyncIterator[Remote]:
 
 
 def rest(predictor: Any, ready: bool = True) -> Handler:
-    return RestHandler(predictor, None, ready=lambda: ready).__call__  # type: ignore[arg-type]
+    return RestHandler(DataPlane(predictor, None, ready=lambda: ready)).__call__  # type: ignore[arg-type]
 
 
 async def test_an_answer_arrives_with_its_marks() -> None:

@@ -14,14 +14,24 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from models.errors import InvalidRequest, NotReady, TierlineError, TooLarge
+from models.serving.caller import LOCAL_PEER, Peer
 from models.serving.drive import drive
-from models.serving.exchange import JSON, FileBody, HttpRequest, HttpResponse, error_body, error_response
-from models.serving.http_body import ArrivingBody, body_too_large, head_too_large
-from models.serving.http_file import read_pieces
-from models.serving.http_slot import Slot, answer_head, encode_answer, path_of_absolute
+from models.serving.exchange import (
+    JSON,
+    FileBody,
+    HttpHead,
+    HttpRequest,
+    HttpResponse,
+    Upgrade,
+    error_body,
+    error_response,
+)
+from models.serving.http.body import ArrivingBody, body_too_large, head_too_large
+from models.serving.http.file import read_pieces
+from models.serving.http.slot import Slot, answer_head, encode_answer, path_of_absolute, upgrade_head
 
 if TYPE_CHECKING:
-    from models.serving.http import HttpService
+    from models.serving.http.service import HttpService
 
 log = logging.getLogger("tierline.http")
 
@@ -29,6 +39,8 @@ LINGER_SECONDS = 2
 """How long a refused client may go on sending before it is cut off: closing at once would destroy the refusal on its way."""
 JOIN_BYTES = 64 * 1024
 """Answers up to this size are joined into one write; copying larger ones costs more than handing them over in parts."""
+MAX_KNOWN_BYTES = 64 * 1024
+"""Longest request whose head is remembered for the next one."""
 
 _IDLE, _HEAD, _BODY = range(3)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -49,6 +61,16 @@ class HttpConnection(asyncio.Protocol):
         self.on_header = self._raw.__setitem__
         self.on_body = self._parts.append
         self._parser = httptools.HttpRequestParser(self)
+        self._peer = LOCAL_PEER
+        # The last request that came whole in one read: its head's bytes, what they said, and the length of its body.
+        self._known_bytes = b""
+        self._known: HttpHead | None = None
+        self._known_read = -1
+        self._completed: HttpRequest | None = None  # by this read alone
+        self._whole = 0  # requests that this read completed
+        self._upgrading = False
+        self._held: list[bytes] = []  # came after a request to upgrade
+        self._held_bytes = 0
         self._order: deque[Slot] = deque()  # started, answered in this order
         self._waiting: deque[Slot] = deque()  # read, not started
         self._phase = _IDLE
@@ -75,6 +97,7 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._peer = peer_of(transport)
         full = len(self._service.connections) >= self._limits.connections
         self._service.connections.add(self)
         if full or self._service.draining:
@@ -96,27 +119,58 @@ class HttpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            if self._upgrading:
+                self._hold(data)
             return
-        if self._phase == _IDLE:
+        idle = self._phase == _IDLE
+        if idle:
+            known = self._known
+            if known is not None and len(data) == self._known_read and data.startswith(self._known_bytes):
+                # The same head again, to the byte, and its body: the parser would say the same.
+                self._feeding = True
+                self._admit(Slot(self, HttpRequest(known, data[len(self._known_bytes) :]), keep_alive=True))
+                self._feeding = False
+                self._flush()
+                return
             self._phase = _HEAD
             self._since = self._service.seconds
             self._partial = 0
+            self._completed = None
+            self._whole = 0
         self._large_read = len(data) > self._limits.header_bytes
         self._feeding = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
             raise
-        except httptools.HttpParserUpgrade:
-            # No protocol to change to: the request was answered as it is (RFC 9110 7.8), what follows it is not HTTP/1.1.
-            self._deaf = True
+        except httptools.HttpParserUpgrade as stopped:
+            # Answered as it is unless the handler upgrades (RFC 9110 7.8); what follows it is not HTTP/1.1.
+            self._deaf = self._upgrading = True
+            self._hold(data[stopped.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(InvalidRequest(f"malformed HTTP: {error}"))
         finally:
             self._feeding = False
-        if self._phase != _IDLE and not self._deaf:
-            self._check_partial(len(data))
+        if self._phase != _IDLE:
+            if not self._deaf:
+                self._check_partial(len(data))
+        elif idle and self._completed is not None:
+            self._learn(data, self._completed)
         self._flush()
+
+    def _learn(self, data: bytes, request: HttpRequest) -> None:
+        """`data` was one whole request: the next one may have the same head. Chunked bodies have no length in theirs."""
+        self._completed = None
+        headers, size = request.head.headers, len(request.body)
+        if b"transfer-encoding" in headers or b"connection" in headers or b"expect" in headers:
+            return
+        if (
+            len(data) <= MAX_KNOWN_BYTES
+            and data.endswith(request.body)
+            and int(headers.get(b"content-length", b"0")) == size
+        ):
+            self._known_bytes = data[: len(data) - size]
+            self._known, self._known_read = request.head, len(data)
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still read from its side, so it gets what it has asked for (RFC 9112 9.6)."""
@@ -168,13 +222,13 @@ class HttpConnection(asyncio.Protocol):
         if not path.startswith("/"):
             path = path_of_absolute(path)
         parser = self._parser
-        slot = Slot(
-            self,
-            HttpRequest(parser.get_method().decode("latin-1"), path, query, headers, body),
-            parser.should_keep_alive(),
-        )
-        if b"connection" in headers and parser.get_http_version() == "1.0":
-            slot.old = True
+        request = HttpRequest(HttpHead(parser.get_method().decode("latin-1"), path, query, headers, self._peer), body)
+        slot = Slot(self, request, parser.should_keep_alive())
+        if parser.get_http_version() == "1.0":
+            slot.old = b"connection" in headers
+            self._whole = 2
+        self._whole += 1
+        self._completed = request if self._whole == 1 and slot.keep_alive else None
         if not slot.keep_alive:
             self._deaf = True
         self._admit(slot)
@@ -257,6 +311,9 @@ class HttpConnection(asyncio.Protocol):
             order.popleft()
             closing = self._closes_after(slot)
             body = response.body
+            if isinstance(body, Upgrade):
+                self._upgrade(slot, response, body)
+                return
             if isinstance(body, FileBody):
                 self._write(out, size)
                 self.send()
@@ -274,6 +331,30 @@ class HttpConnection(asyncio.Protocol):
         self._write(out, size)
         if self._waiting or not self._reading or not self._writable or len(order) >= self._limits.pipeline:
             self._balance()
+
+    def _upgrade(self, slot: Slot, response: HttpResponse, upgrade: Upgrade) -> None:
+        """Hand the connection over, after the answers before this one."""
+        self.send()
+        self._transport.write(upgrade_head(self._service.date, response))
+        self._lost = True  # to this protocol
+        self._service.forget(self)
+        protocol = upgrade.start()
+        self._service.adopt(protocol, self._transport)
+        del self._parser
+        if not self._reading:
+            self._transport.resume_reading()
+        if self._held and not self._transport.is_closing():
+            protocol.data_received(b"".join(self._held))
+
+    def _hold(self, data: bytes) -> None:
+        """What a client sends before its upgrade is answered."""
+        if not data:
+            return
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > self._limits.header_bytes and self._reading:
+            self._reading = False
+            self._transport.pause_reading()
 
     def _closes_after(self, slot: Slot) -> bool:
         last = not self._order and not self._waiting
@@ -399,3 +480,15 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
+
+
+def peer_of(transport: asyncio.BaseTransport) -> Peer:
+    """Who is at the other end: an address, and the name in the client's certificate when one was verified."""
+    name = transport.get_extra_info("peername")
+    address = str(name[0]) if isinstance(name, tuple) and name else "unix"
+    tls = transport.get_extra_info("ssl_object")
+    if tls is None:
+        return LOCAL_PEER if address == LOCAL_PEER.address else Peer(address)
+    subject = (tls.getpeercert() or {}).get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    return Peer(address, names[0] if names else None, encrypted=True)

@@ -1,4 +1,4 @@
-"""A listening socket around `models.serving.http`, with a graceful end."""
+"""A listening socket around `models.serving.http.service`, with a graceful end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from models.serving.exchange import Handler
-from models.serving.http import HttpLimits, HttpService
+from models.serving.http.service import HttpLimits, HttpService
 
 BACKLOG = 1024
 """Connections the system may hold for us that we have not accepted yet."""

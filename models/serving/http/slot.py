@@ -7,6 +7,7 @@ import http
 import logging
 from typing import Protocol
 
+from models.serving.drive import Driven
 from models.serving.exchange import JSON, HttpRequest, HttpResponse, error_body
 
 log = logging.getLogger("tierline.http")
@@ -32,7 +33,7 @@ class Slot:
         self.old = False
         self.linger = False
         self.response: HttpResponse | None = None
-        self.task: asyncio.Task[HttpResponse] | None = None
+        self.task: Driven[HttpResponse] | None = None
 
     def done(self, response: HttpResponse | None, error: BaseException | None) -> None:
         if response is None:
@@ -53,6 +54,11 @@ def answer_head(date: bytes, slot: Slot, response: HttpResponse, length: int, cl
         response.headers,
         connection,
     )
+
+
+def upgrade_head(date: bytes, response: HttpResponse) -> bytes:
+    """Of a 101, which has no body and no length. `response.headers` name the protocol."""
+    return b"%b%b%bconnection: Upgrade\r\n\r\n" % (_STATUS_LINES[response.status], date, response.headers)
 
 
 def encode_answer(

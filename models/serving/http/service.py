@@ -2,18 +2,19 @@
 
 Answers leave in the order of their requests, and all of one turn of the loop leave at its end. A request whose answer is
 ready at once costs no Task (`models.serving.drive`), and no request costs a timer: one sweep a second looks at every
-connection's phase. The connection itself is in `models.serving.http_connection`.
+connection's phase. The connection itself is in `models.serving.http.connection`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from email.utils import formatdate
+from weakref import WeakSet
 
 import msgspec
 
 from models.serving.exchange import Handler
-from models.serving.http_connection import HttpConnection
+from models.serving.http.connection import HttpConnection
 
 
 class HttpLimits(msgspec.Struct, frozen=True):
@@ -44,6 +45,7 @@ class HttpService:
         self.limits = limits
         self.loop = loop
         self.connections: set[HttpConnection] = set()
+        self.upgraded: WeakSet[asyncio.Transport] = WeakSet()
         self.seconds = 0
         self.draining = False
         self.empty = asyncio.Event()  # set when draining has let the last connection go
@@ -53,6 +55,12 @@ class HttpService:
 
     def connect(self) -> HttpConnection:
         return HttpConnection(self)
+
+    def adopt(self, protocol: asyncio.Protocol, transport: asyncio.Transport) -> None:
+        """A connection has changed its protocol: from here on it belongs to `protocol`, until it closes."""
+        transport.set_protocol(protocol)
+        self.upgraded.add(transport)
+        protocol.connection_made(transport)
 
     def send_soon(self, connection: HttpConnection) -> None:
         """Let `connection` send at the end of this turn of the loop.
@@ -92,6 +100,8 @@ class HttpService:
     def abort(self) -> None:
         for connection in tuple(self.connections):
             connection.abort()
+        for transport in tuple(self.upgraded):
+            transport.abort()
 
     def _set_date(self) -> None:
         self.date = b"date: %b\r\n" % formatdate(usegmt=True).encode()

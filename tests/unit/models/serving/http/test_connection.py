@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from models.serving.exchange import FileBody, HttpRequest, HttpResponse, header_lines
-from models.serving.http import HttpLimits, HttpService
-from models.serving.http_body import MAX_PIECES
-from models.serving.http_connection import LINGER_SECONDS, HttpConnection
-from models.serving.server import serve_http
+from models.serving.http.body import MAX_PIECES
+from models.serving.http.connection import LINGER_SECONDS, HttpConnection
+from models.serving.http.server import serve_http
+from models.serving.http.service import HttpLimits, HttpService
 
 
 class FakeTransport(asyncio.Transport):

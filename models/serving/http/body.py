@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from models.errors import TooLarge
 
 if TYPE_CHECKING:
-    from models.serving.http import HttpLimits
+    from models.serving.http.service import HttpLimits
 
 MAX_PIECES = 1024
 """Pieces of a body that are kept apart: the object around a chunk of two bytes weighs twenty times as much."""
