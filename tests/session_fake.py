@@ -54,6 +54,9 @@ class FakeSession:
         finally:
             self.running -= 1
 
+    def stop(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed_while_running |= self.running > 0
         self.closed.set()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-import numpy as np
+from msgspec import structs
 
 from models.contract import is_finite
 from models.engines import Session
 from models.errors import EngineFailure, InvalidRequest
 from models.manifest import Confidence
+from models.serving.batching import Batching, blank, measure_batching, not_batched
 from models.tensor import DTYPES, Array, TensorSpec
 
 INLINE_SECONDS = 0.0002
@@ -31,6 +32,8 @@ MAX_SAMPLE_BYTES = 64 * 1024
 """Largest inputs of a caller that are kept as the sample of a version that came without one."""
 MAX_REASON = 300
 """Characters of an engine's message that a caller is shown: it may quote whole tensors."""
+MAX_RUN_SECONDS = 60.0
+"""A run that takes longer is stopped, and its request is answered before."""
 MIN_FAILURES = 5
 MAX_FAILURE_SHARE = 0.2
 
@@ -59,13 +62,17 @@ class Loaded:
 
     `seconds`: of one warm single-row run. `inline_elements`: requests of at most this many input elements run in the
     event loop, 0 = none. `expected`: per input (name, dtype, whether it has free rows, shape of a row, spec).
-    `in_flight`: runs under way in other threads.
+    `in_flight`: runs that were asked for and are not over; `in_threads`: those of other threads. `pace`: seconds that a row
+    takes, as lately seen. `batching`: how many rows may be run together, and why. `fresh_shapes`: whether rows may differ in
+    shape. `alone`: turns of the loop in a row that brought one request; `turn`: the last one that did. `max_run_seconds`: a
+    run that takes longer is stopped; `stuck`: one could not be. `used`: a coarse clock's reading at the last request.
     """
 
     __slots__ = (
-        "_sample", "_sample_due", "_sample_runs", "_serial", "answers", "clean", "confidence", "expected", "failures",
-        "identity", "in_flight", "inline_elements", "inputs", "on_idle", "output_names", "outputs",
-        "retired", "seconds", "session",
+        "_sample", "_sample_due", "_sample_runs", "alone", "answers", "batching", "clean", "confidence", "expected",
+        "failures", "fresh_shapes", "identity", "in_flight", "in_threads", "inline_elements", "inputs", "max_run_seconds",
+        "on_idle", "output_names", "outputs", "pace", "retired", "row_elements", "seconds", "serial", "session",
+        "stuck", "turn", "used",
     )  # fmt: skip
 
     def __init__(
@@ -77,10 +84,15 @@ class Loaded:
         outputs: Sequence[TensorSpec] = (),
         confidence: Confidence | None = None,
         sample: Mapping[str, Array] | None = None,
+        max_rows: int | None = None,
+        max_run_seconds: float = MAX_RUN_SECONDS,
     ) -> None:
-        """`inputs`, `outputs`: the manifest's, () = the session's.
+        """Measures the session: blocks for up to a second or two.
+
+        `inputs`, `outputs`: the manifest's, () = the session's.
 
         `sample`: inputs that the session answers, to measure with and to try again when others fail; None = none known.
+        `max_rows`: of one batch, 1 = never batch, None = as measured.
         """
         self.identity = identity
         self.session = session
@@ -91,17 +103,35 @@ class Loaded:
             (spec.name, DTYPES[spec.datatype], spec.shape[:1] == (-1,), spec.shape[1:], spec) for spec in self.inputs
         )
         self.confidence = confidence
+        self.fresh_shapes = any(-1 in spec.shape[1:] for spec in self.inputs)
         self.seconds = inf if sample is None else measure(session, sample)
-        elements = sum(array.size for array in sample.values()) if sample else 0
-        self.inline_elements = int(elements * INLINE_SECONDS / self.seconds) if self.seconds <= INLINE_SECONDS else 0
+        self.pace = 0.0 if sample is None else self.seconds
+        self.batching = _batching(session, self.inputs, self.outputs, sample, self.seconds, max_rows)
+        self.row_elements = sum(array.size for array in sample.values()) if sample else 0
+        self.inline_elements = self._inline_elements()
+        self.alone = 0
+        self.turn = -1
+        self.used = 0
+        self.stuck = False
+        self.max_run_seconds = max_run_seconds
         self._sample = sample
         self._sample_due = 0.0
         self._sample_runs = sample is not None
-        self._serial = session.serial
-        self.in_flight = 0
+        self.serial = session.serial
+        self.in_flight = self.in_threads = 0
         self.retired = False
         self.on_idle: Callable[[Loaded], None] | None = None
         self.watch()
+
+    def _inline_elements(self) -> int:
+        """Input elements whose run is expected to stay within the limit, from the largest batch that was measured."""
+        if self.seconds > INLINE_SECONDS:
+            return 0
+        rows, seconds = 1, self.seconds
+        for tried, took in self.batching.times.items():
+            if took <= INLINE_SECONDS and tried > rows:
+                rows, seconds = tried, took
+        return int(rows * self.row_elements * INLINE_SECONDS / max(seconds, 1e-9))
 
     @property
     def inline(self) -> bool:
@@ -110,7 +140,7 @@ class Loaded:
 
     def runs_here(self, elements: int) -> bool:
         """Whether a request of this many input elements is short enough to run in the event loop now."""
-        return elements <= self.inline_elements and not (self._serial and self.in_flight)
+        return elements <= self.inline_elements and not (self.serial and self.in_threads)
 
     def watch(self) -> None:
         """Forget the traffic so far: from here on the version is on probation."""
@@ -158,11 +188,16 @@ class Loaded:
         self.clean = 0
 
     @property
+    def is_trusted(self) -> bool:
+        """Whether its outputs are no longer looked through."""
+        return self.clean >= CLEAN_ANSWERS
+
+    @property
     def is_bad(self) -> bool:
         return self.failures >= MIN_FAILURES and self.failures > MAX_FAILURE_SHARE * self.answers
 
     def acquire(self) -> None:
-        """A run starts in another thread."""
+        """A run was asked for that is not made at once."""
         self.in_flight += 1
 
     def release(self) -> None:
@@ -191,6 +226,24 @@ def measure(session: Session, sample: Mapping[str, Array]) -> float:
     return max(median(times), 1e-9)
 
 
+def _batching(
+    session: Session,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    sample: Mapping[str, Array] | None,
+    seconds: float,
+    max_rows: int | None,
+) -> Batching:
+    if max_rows == 1:
+        return not_batched("switched off")
+    if seconds > MEASURE_SECONDS:
+        return not_batched("a single row takes too long")
+    measured = measure_batching(session, inputs, outputs, sample)
+    if max_rows is not None and measured.rows > max_rows:
+        return structs.replace(measured, rows=max_rows, reason=f"{measured.reason}; limited to {max_rows} rows")
+    return measured
+
+
 def first_row(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The first row of every input that has rows: those whose first dimension is -1. Copied: the rest need not stay."""
     batched = {spec.name for spec in specs if spec.shape[:1] == (-1,)}
@@ -199,10 +252,4 @@ def first_row(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[
 
 def blank_row(specs: Sequence[TensorSpec]) -> dict[str, Array]:
     """Zeros (empty strings for BYTES) of the smallest shape that `specs` allow."""
-    row: dict[str, Array] = {}
-    for spec in specs:
-        shape = tuple(1 if dim == -1 else dim for dim in spec.shape)
-        row[spec.name] = (
-            np.full(shape, b"", np.object_) if spec.datatype == "BYTES" else np.zeros(shape, DTYPES[spec.datatype])
-        )
-    return row
+    return {spec.name: blank(spec) for spec in specs}

@@ -1,8 +1,8 @@
 """Answers from the models loaded here: check, run, answer.
 
-A model whose run is short enough answers inside the event loop, with no task and no future; any other runs in a small
-thread pool, so that a slow model never stalls a fast one. The caller's wait ends at its deadline; the run itself cannot be
-stopped, so its session stays open until it is over.
+A model whose run is short enough answers inside the event loop, with no task and no future; any other runs in an engine
+thread, so that a slow model never stalls a fast one. Requests that come together are run together where that pays
+(`models.serving.batching`). The caller's wait ends at its deadline whatever the run does.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
-from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, Overloaded
+from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, TierlineError
 from models.manifest import confidence_of
-from models.serving.loaded import INLINE_SECONDS, Loaded
+from models.serving.drive import Parked
+from models.serving.engine_pool import EnginePool
+from models.serving.loaded import INLINE_SECONDS, MAX_RUN_SECONDS, Loaded
 from models.serving.predictor import InferRequest, InferResponse
 from models.serving.repository import Repository
+from models.serving.ticket import Run, Ticket
+from models.serving.turn import Turn
 from models.tensor import Array, check_tensor
 
 log = logging.getLogger("tierline.local")
 
-MAX_RUN_SECONDS = 60.0
-"""Longest wait for a run whose request carries no deadline."""
 STALL_SECONDS = 5 * INLINE_SECONDS
 """A run in the event loop that takes longer (1 ms) is looked into: some models' cost is in the values, not in the shape."""
 LONG_STALL_SECONDS = 20 * STALL_SECONDS
 """After one this long (20 ms, beyond what a busy machine takes from a thread) nothing enters the loop until that is done."""
+PACE_SHARE = 0.2
+"""Weight of the latest run in the pace of a model."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for runs under way."""
-STOPPING = "this node is stopping"
-
-_Run = tuple[list[Array], float, float]  # outputs, when the run started, when it ended
 
 
 class Local:
     """`Predictor` over a repository.
 
-    `threads`: runs of long models at once. `max_waiting`: runs under way or waiting for a thread, beyond which requests
-    are refused: each holds its input tensors in memory.
+    `threads`: runs of long models at once. `max_waiting`: runs waiting for a thread, beyond which requests are refused:
+    each holds its input tensors in memory.
     """
 
     def __init__(
@@ -53,29 +53,32 @@ class Local:
     ) -> None:
         self._lookup = repository.lookup
         self._tier = tier
-        self._threads = threads
-        self._max_waiting = max_waiting
         self._clock = clock
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tierline-engine")
-        self._waiting = 0
+        self._pool = EnginePool(threads, max_waiting, self._landed, clock)
+        self._turn = Turn(self._landed, clock)
+        self._under_way = 0
         self._tried: set[Loaded] = set()
         self._idle = asyncio.Event()
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Raises NotFound, InvalidRequest, DeadlineExceeded, Overloaded, NotReady, or EngineFailure."""
         loaded = self._lookup(request.model, request.version)
-        elements = check(loaded, request)
+        elements, rows = check(loaded, request)
         now = self._clock()
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded(f"the deadline of this request for '{request.model}' had passed before it was run")
         names = _wanted(loaded, request.outputs)
-        if loaded.runs_here(elements):
+        if not loaded.runs_here(elements):
+            run = await self._in_pool(loaded, request, names, rows, now)
+        elif self._turn.at_once(loaded, rows):
             run = self._run_here(loaded, request, names)
         else:
-            run = await self._run_in_pool(loaded, request, names, now)
+            ticket = self._ticket(loaded, request, names, rows, now)
+            self._turn.gather(ticket)
+            run = await ticket.parked
         return self._answer(loaded, request, names, run, now)
 
-    def _run_here(self, loaded: Loaded, request: InferRequest, names: Sequence[str]) -> _Run:
+    def _run_here(self, loaded: Loaded, request: InferRequest, names: Sequence[str]) -> Run:
         inputs = request.inputs
         start = self._clock()
         try:
@@ -90,7 +93,7 @@ class Local:
             self._look_into(loaded, inputs, names, ended - start)
         if request.deadline is not None and ended > request.deadline:
             raise DeadlineExceeded(f"'{request.model}' took {(ended - start) * 1e3:.1f} ms, longer than was left")
-        return outputs, start, ended
+        return Run(outputs, start, ended)
 
     def _look_into(self, loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], seconds: float) -> None:
         """A run held the loop: by its own work, or because the machine was busy elsewhere?
@@ -103,7 +106,8 @@ class Local:
         elif loaded in self._tried:
             return
         self._tried.add(loaded)
-        self._begin(loaded)
+        loaded.acquire()
+        self._under_way += 1
         # Not in the pool, where the trial could wait behind long runs.
         trial = asyncio.get_running_loop().run_in_executor(None, _processor_seconds, loaded, inputs, names)
         trial.add_done_callback(lambda done: self._settle(loaded, allowed, done))
@@ -116,96 +120,146 @@ class Local:
             log.warning("%s is no longer run in the event loop: its cost is in the values", loaded.identity)
         elif allowed:
             loaded.inline_elements = allowed
-        self._end(loaded)
+        self._end(loaded, 1)
 
-    async def _run_in_pool(self, loaded: Loaded, request: InferRequest, names: Sequence[str], now: float) -> _Run:
-        if self._waiting >= self._max_waiting:
-            backlog = self._waiting * min(loaded.seconds, 1.0) / self._threads
-            raise Overloaded(f"{self._waiting} runs are waiting, no more are accepted", retry_after=max(backlog, 0.05))
-        landed = self._submit(loaded, request.inputs, names)
-        timeout = MAX_RUN_SECONDS if request.deadline is None else request.deadline - now
-        try:
-            await asyncio.wait((landed,), timeout=timeout)
-            if landed.done():
-                return landed.result()
-        finally:
-            landed.cancel()
-        raise DeadlineExceeded(f"'{request.model}' did not answer within {timeout * 1e3:.1f} ms")
+    # --- runs that others make: the end of the turn, or a thread ---------------------------------------------------------
 
-    def _submit(self, loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str]) -> asyncio.Future[_Run]:
-        """Start a run in the pool. Cancelling the future takes the run back if it has not begun."""
-        loop = asyncio.get_running_loop()
-        landed: asyncio.Future[_Run] = loop.create_future()
-        try:
-            run = self._pool.submit(_timed, loaded, inputs, names, self._clock)
-        except RuntimeError as error:
-            raise NotReady(STOPPING) from error
-        self._begin(loaded)
-        landed.add_done_callback(lambda _: run.cancel())
-        run.add_done_callback(lambda done: loop.call_soon_threadsafe(self._land, loaded, inputs, landed, done))
-        return landed
-
-    def _land(
-        self, loaded: Loaded, inputs: Mapping[str, Array], landed: asyncio.Future[_Run], run: Future[_Run]
-    ) -> None:
-        """In the loop, once a run is over or taken back: by its caller, who has gone, or by `close`."""
-        if not run.cancelled():
-            self._count(loaded, inputs, run)
-        if not landed.done():
-            _copy(run, landed)
-        self._end(loaded)
-
-    def _begin(self, loaded: Loaded) -> None:
+    def _ticket(self, loaded: Loaded, request: InferRequest, names: Sequence[str], rows: int, now: float) -> Ticket:
+        if loaded.stuck:
+            raise NotReady(f"model '{request.model}' is stuck in a run that cannot be stopped")
+        # Where rows may differ in shape only equal ones can be put together.
+        tails = tuple([array.shape[1:] for array in request.inputs.values()]) if loaded.fresh_shapes else None
+        deadline = now + MAX_RUN_SECONDS if request.deadline is None else request.deadline
+        ticket = Ticket(
+            loaded, request.inputs, names, rows, tails, deadline, request.priority, Parked(asyncio.get_running_loop())
+        )
         loaded.acquire()
-        self._waiting += 1
+        self._under_way += 1
+        ticket.parked.on_cancel = ticket.leave
+        return ticket
 
-    def _end(self, loaded: Loaded) -> None:
-        self._waiting -= 1
-        if self._waiting == 0:
+    async def _in_pool(self, loaded: Loaded, request: InferRequest, names: Sequence[str], rows: int, now: float) -> Run:
+        ticket = self._ticket(loaded, request, names, rows, now)
+        parked = ticket.parked
+        loaded.in_threads += 1
+        ticket.threaded = True
+        try:
+            self._pool.submit(ticket)
+        except TierlineError:
+            self._end(loaded, 1)
+            loaded.in_threads -= 1
+            raise
+        parked.on_cancel = lambda: self._drop(ticket)
+        late = DeadlineExceeded(f"'{request.model}' did not answer within {(ticket.deadline - now) * 1e3:.1f} ms")
+        timer = asyncio.get_running_loop().call_later(ticket.deadline - now, self._expire, ticket, late)
+        try:
+            return await parked
+        finally:
+            timer.cancel()
+
+    def _expire(self, ticket: Ticket, error: TierlineError) -> None:
+        self._drop(ticket)
+        ticket.parked.fail(error)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Nobody waits any more: what has not begun is taken back, what runs keeps its session open until it is over."""
+        if self._pool.drop(ticket):
+            self._ended(ticket)
+
+    def _landed(self, tickets: Sequence[Ticket], outcome: Run | TierlineError | Sequence[Run | TierlineError]) -> None:
+        """In the loop: how the runs of some tickets ended."""
+        if isinstance(outcome, Run):
+            self._count(tickets, outcome)
+            if len(tickets) == 1:
+                self._give(tickets[0], outcome)
+                return
+            start = 0
+            for ticket in tickets:
+                stop = start + ticket.rows
+                outputs = [array[start:stop] for array in outcome.outputs]
+                self._give(ticket, Run(outputs, outcome.started, outcome.ended, outcome.rows))
+                start = stop
+        elif isinstance(outcome, TierlineError):
+            for ticket in tickets:
+                self._give(ticket, outcome)
+        else:
+            for ticket, each in zip(tickets, outcome, strict=True):
+                if isinstance(each, Run):
+                    self._count((ticket,), each)
+                self._give(ticket, each)
+
+    def _count(self, tickets: Sequence[Ticket], run: Run) -> None:
+        first = tickets[0]
+        loaded = first.loaded
+        if first.threaded:
+            seconds = (run.ended - run.started) / max(run.rows, first.rows)
+            loaded.pace += PACE_SHARE * (seconds - loaded.pace) if loaded.pace else seconds
+        loaded.learn(first.inputs)
+        if loaded.is_trusted:
+            loaded.answers += len(tickets)
+            return
+        for ticket in tickets:
+            loaded.answered(ticket.inputs, run.outputs)
+
+    def _give(self, ticket: Ticket, outcome: Run | TierlineError) -> None:
+        self._ended(ticket)
+        if isinstance(outcome, Run):
+            ticket.parked.give(outcome)
+        else:
+            if isinstance(outcome, EngineFailure):
+                ticket.loaded.failed()
+            ticket.parked.fail(outcome)
+
+    def _ended(self, ticket: Ticket) -> None:
+        if ticket.threaded:
+            ticket.loaded.in_threads -= 1
+        self._end(ticket.loaded, 1)
+
+    def _end(self, loaded: Loaded, runs: int) -> None:
+        self._under_way -= runs
+        if self._under_way == 0:
             self._idle.set()
         loaded.release()
 
-    def _count(self, loaded: Loaded, inputs: Mapping[str, Array], run: Future[_Run]) -> None:
-        error = run.exception()
-        if error is None:
-            loaded.learn(inputs)
-            loaded.answered(inputs, run.result()[0])
-        elif isinstance(error, EngineFailure):
-            loaded.failed()
-
     def _answer(
-        self, loaded: Loaded, request: InferRequest, names: Sequence[str], run: _Run, asked: float
+        self, loaded: Loaded, request: InferRequest, names: Sequence[str], run: Run, asked: float
     ) -> InferResponse:
-        arrays, started, ended = run
-        outputs = dict(zip(names, arrays, strict=True))
+        outputs = dict(zip(names, run.outputs, strict=True))
         rule = loaded.confidence
-        confidence = confidence_of(rule, outputs)
-        if rule is not None and request.outputs and rule.output not in request.outputs:
-            del outputs[rule.output]
+        confidence = None
+        if rule is not None:
+            confidence = confidence_of(rule, outputs)
+            if request.outputs and rule.output not in request.outputs:
+                del outputs[rule.output]
+        identity = loaded.identity
         return InferResponse(
             outputs=outputs,
             model=request.model,
-            package=loaded.identity.package,
-            version=loaded.identity.version,
+            package=identity.package,
+            version=identity.version,
             tier=self._tier,
             confidence=confidence,
-            timings={"queue": started - asked, "compute": ended - started},
+            timings={"queue": run.started - asked, "compute": run.ended - run.started},
+            batch=run.rows,
             id=request.id,
         )
 
     async def close(self) -> None:
         """Accept no more runs, refuse those that have not begun and wait for those under way, at most 10 s."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._waiting:
+        self._turn.close()
+        self._pool.close()
+        if self._under_way:
             self._idle.clear()
             try:
                 await asyncio.wait_for(self._idle.wait(), CLOSE_SECONDS)
             except TimeoutError:
-                log.warning("%d runs did not end within %g s", self._waiting, CLOSE_SECONDS)
+                log.warning("%d runs did not end within %g s", self._under_way, CLOSE_SECONDS)
 
 
-def check(loaded: Loaded, request: InferRequest) -> int:
-    """Number of input elements. Raises InvalidRequest, naming the tensor, unless the engine can be asked.
+def check(loaded: Loaded, request: InferRequest) -> tuple[int, int]:
+    """Number of input elements, and of rows (1 when the model has none).
+
+    Raises InvalidRequest, naming the tensor, unless the engine can be asked.
 
     Inputs whose first dimension may be of any size are rows of one batch and must agree on how many; none may be empty.
     """
@@ -231,7 +285,7 @@ def check(loaded: Loaded, request: InferRequest) -> int:
     for name in request.outputs:
         if name not in loaded.output_names:
             raise InvalidRequest(f"output '{name}' is unknown; this model has {', '.join(loaded.output_names)}")
-    return elements
+    return elements, (1 if rows < 0 else rows)
 
 
 def _wrong_inputs(loaded: Loaded, inputs: Mapping[str, Array]) -> InvalidRequest:
@@ -251,29 +305,8 @@ def _wanted(loaded: Loaded, outputs: Sequence[str]) -> Sequence[str]:
     return tuple(dict.fromkeys((*outputs, rule.output) if rule else outputs))
 
 
-def _timed(loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], clock: Callable[[], float]) -> _Run:
-    start = clock()
-    try:
-        outputs = loaded.session.run(inputs, names)
-    except EngineFailure as error:
-        loaded.refuse(error)
-        raise
-    return outputs, start, clock()
-
-
 def _processor_seconds(loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str]) -> float:
     """Of this thread alone: other work on the machine does not count."""
     start = time.thread_time()
     loaded.session.run(inputs, names)
     return time.thread_time() - start
-
-
-def _copy(run: Future[_Run], landed: asyncio.Future[_Run]) -> None:
-    if run.cancelled():
-        landed.set_exception(NotReady(STOPPING))
-        return
-    error = run.exception()
-    if error is None:
-        landed.set_result(run.result())
-    else:
-        landed.set_exception(error)

@@ -50,7 +50,8 @@ class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
 
     `package`, `version`: what computed it; `tier`: device, edge or cloud. `confidence`: 0..1, None when the package does
     not say how to read it. `reason`: a code of `models.policy.Reason`. `degraded`: a better tier was wanted and could not
-    be used in time. `timings`: phase -> seconds.
+    be used in time. `timings`: phase -> seconds. `batch`: rows that the engine ran at once, of
+    this request and others. `trace`: a W3C traceparent when the request came with one, else None.
     """
 
     outputs: Mapping[str, Array]
@@ -62,6 +63,8 @@ class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = "local"
     degraded: bool = False
     timings: Mapping[str, float] = {}
+    batch: int = 1
+    trace: str | None = None
     id: str | None = None
 
 

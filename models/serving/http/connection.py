@@ -301,6 +301,10 @@ class HttpConnection(asyncio.Protocol):
         order = self._order
         if self._sending is not None or self._lost:
             return
+        if order and order[0].response is None and not self._continue_due:
+            if len(order) >= self._limits.pipeline or self._waiting or not self._reading:
+                self._balance()
+            return
         out: list[bytes] = []
         size = 0
         while order:

@@ -197,9 +197,11 @@ async def test_what_cannot_wait_is_refused_at_once_and_room_comes_back(repositor
     session = FakeSession()
     session.gate.clear()
     repository.install({"m": {"1": loaded(session)}})
-    waiting = [asyncio.create_task(local.infer(request())) for _ in range(2)]
+    waiting = [asyncio.create_task(local.infer(request()))]
     await asyncio.to_thread(session.started.acquire, timeout=5)
-    with pytest.raises(Overloaded, match="2 runs are waiting") as refused:
+    waiting += [asyncio.create_task(local.infer(request())) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="2 requests are waiting") as refused:
         await local.infer(request())
     assert 0 < refused.value.retry_after <= 2
     session.gate.set()

@@ -1,0 +1,265 @@
+"""The threads that run long models, each taking the next run from one queue.
+
+One thread more than asked for takes only short runs, so that a model slow enough to hold all others cannot hold up a quick
+one. Engine threads give way to the event loop's thread (a higher nice value): it answers the fast models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from models.errors import DeadlineExceeded, EngineFailure, NotReady, TierlineError
+from models.serving.loaded import Loaded
+from models.serving.queue import RunQueue
+from models.serving.ticket import Run, Ticket
+from models.tensor import Array
+
+log = logging.getLogger("tierline.engine")
+
+EXPRESS_SECONDS = 0.005
+"""Longest run, by its estimate, that the extra thread takes."""
+NICE = 5
+"""Added to the nice value of threads that run long models."""
+WAIT_SECONDS = 1.0
+"""A thread looks up this often although nobody woke it."""
+STOP_SECONDS = 2.0
+"""How long a run that was stopped may take to end before its thread is given up."""
+MAX_LOST = 4
+"""Threads that may be lost to runs which cannot be stopped; after that their models are refused and nothing is replaced."""
+STOPPING = "this node is stopping"
+
+Landed = Callable[[Sequence[Ticket], "Run | TierlineError | Sequence[Run | TierlineError]"], None]
+"""Told in the loop how the runs of some tickets ended: one run for all of them, one error for all, or one of either each."""
+
+
+class EnginePool:
+    """`threads` for runs of any length and one for short ones. `places`: runs that may wait; see `RunQueue`."""
+
+    def __init__(self, threads: int, places: int, landed: Landed, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue = RunQueue(places, threads, lambda ticket: ticket.loaded.pace * ticket.rows)
+        self._landed = landed
+        self._clock = clock
+        self._turn = threading.Condition()
+        self._threads = threads
+        self._started = False
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: deque[tuple[list[Ticket], Run | TierlineError | list[Run | TierlineError]]] = deque()
+        self._telling = False
+        self._workers: dict[int, _Worker] = {}
+        self._lost = 0
+        self._watch: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Runs that wait."""
+        return len(self._queue)
+
+    @property
+    def backlog(self) -> float:
+        """Seconds of engine time that wait."""
+        return self._queue.backlog
+
+    def submit(self, ticket: Ticket) -> None:
+        """In the loop. Raises Overloaded, or NotReady once closed."""
+        if not self._started:
+            self._start()
+        with self._turn:
+            if self._closed:
+                raise NotReady(STOPPING)
+            self._queue.admit(ticket, self._clock())
+            self._turn.notify_all()
+        if self._watch is None and self._loop is not None:
+            self._watch = self._loop.call_later(WAIT_SECONDS, self._look_after)
+
+    def drop(self, ticket: Ticket) -> bool:
+        """Nobody waits for this run any more. Whether it was taken back: it will not be made, and nobody will be told."""
+        with self._turn:
+            return self._queue.gone(ticket)
+
+    def close(self) -> None:
+        """Refuse what waits; runs under way end by themselves."""
+        with self._turn:
+            self._closed = True
+            waiting = list(self._queue.drain())
+            self._turn.notify_all()
+        if self._watch is not None:
+            self._watch.cancel()
+        for ticket in waiting:
+            self._landed([ticket], NotReady(STOPPING))
+
+    # --- the threads -----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._started = True
+        self._loop = asyncio.get_running_loop()
+        for _ in range(self._threads):
+            self._hire(express=False)
+        self._hire(express=True)
+
+    def _hire(self, *, express: bool) -> None:
+        worker = _Worker(express)
+        thread = threading.Thread(target=self._work, args=(worker,), name="tierline-engine", daemon=True)
+        self._workers[id(worker)] = worker
+        thread.start()
+
+    def _work(self, worker: _Worker) -> None:
+        if not worker.express:
+            _give_way()
+        while True:
+            tickets = self._next(worker)
+            if tickets is None:
+                return
+            first = tickets[0]
+            due = worker.since + first.cost
+            late = [ticket for ticket in tickets if ticket.gone or ticket.deadline < due]
+            live = [ticket for ticket in tickets if ticket not in late]
+            if late:
+                self._tell(late, DeadlineExceeded(f"'{first.loaded.identity}' was not reached within the deadline"))
+            if live:
+                self._tell(live, run_together(live, self._clock))
+            with self._turn:
+                worker.running = None
+                self._queue.ended(first)
+                self._turn.notify()
+                if worker.lost:
+                    return
+
+    def _next(self, worker: _Worker) -> list[Ticket] | None:
+        fits = _is_short if worker.express else _always
+        with self._turn:
+            while True:
+                if self._closed:
+                    return None
+                ticket = self._queue.pop(fits)
+                if ticket is not None:
+                    break
+                self._turn.wait(WAIT_SECONDS)
+            tickets = [ticket]
+            if ticket.loaded.batching.rows > 1:
+                tickets += self._queue.also(ticket, ticket.loaded.batching.rows)
+            worker.running, worker.since, worker.stopped = ticket.loaded, self._clock(), False
+            return tickets
+
+    def _tell(self, tickets: list[Ticket], outcome: Run | TierlineError | list[Run | TierlineError]) -> None:
+        with self._turn:
+            self._ended.append((tickets, outcome))
+            if self._telling:
+                return
+            self._telling = True
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._land)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
+
+    # --- in the loop -----------------------------------------------------------------------------------------------------
+
+    def _land(self) -> None:
+        with self._turn:
+            self._telling = False
+            ended, self._ended = self._ended, deque()
+        for tickets, outcome in ended:
+            self._landed(tickets, outcome)
+
+    def _look_after(self) -> None:
+        """Once a second while runs are made: stop those that take too long."""
+        self._watch = None
+        now = self._clock()
+        busy = False
+        for worker in tuple(self._workers.values()):
+            loaded = worker.running
+            if loaded is None or worker.lost:
+                continue
+            busy = True
+            over = now - worker.since - loaded.max_run_seconds
+            if over > 0 and not worker.stopped:
+                worker.stopped = True
+                stopped = loaded.session.stop()
+                log.warning("%s ran for more than %g s: %s", loaded.identity, loaded.max_run_seconds,
+                            "stopped" if stopped else "it cannot be stopped")  # fmt: skip
+            elif over > STOP_SECONDS:
+                self._give_up(worker, loaded)
+        if (busy or len(self._queue)) and not self._closed and self._loop is not None:
+            self._watch = self._loop.call_later(WAIT_SECONDS, self._look_after)
+
+    def _give_up(self, worker: _Worker, loaded: Loaded) -> None:
+        worker.lost = True
+        loaded.stuck = True
+        if self._lost < MAX_LOST:
+            self._lost += 1
+            log.error("%s is stuck: it is refused from here on, its thread is replaced", loaded.identity)
+            self._hire(express=worker.express)
+
+
+class _Worker:
+    """One thread: what it runs and since when."""
+
+    __slots__ = ("express", "lost", "running", "since", "stopped")
+
+    def __init__(self, express: bool) -> None:
+        self.express = express
+        self.running: Loaded | None = None
+        self.since = 0.0
+        self.stopped = False
+        self.lost = False
+
+
+def run_together(tickets: list[Ticket], clock: Callable[[], float]) -> Run | TierlineError | list[Run | TierlineError]:
+    """In any thread: one run for all of them; one by one when that fails, so that a bad request never fails its neighbours."""
+    first = tickets[0]
+    if len(tickets) == 1:
+        return run_one(first.loaded, first.inputs, first.names, clock)
+    try:
+        start = clock()
+        outputs = first.loaded.session.run(concatenated(tickets), first.names)
+        return Run(outputs, start, clock(), sum(ticket.rows for ticket in tickets))
+    except Exception:  # whatever it was, each alone will tell
+        return [run_one(ticket.loaded, ticket.inputs, ticket.names, clock) for ticket in tickets]
+
+
+def run_one(
+    loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], clock: Callable[[], float]
+) -> Run | TierlineError:
+    start = clock()
+    try:
+        try:
+            return Run(loaded.session.run(inputs, names), start, clock())
+        except EngineFailure as error:
+            loaded.refuse(error)
+            return error
+    except TierlineError as error:
+        return error
+    except Exception as error:
+        # A thread must outlive what nobody expected, and its caller must hear of it.
+        log.exception("%s failed unexpectedly", loaded.identity)
+        failure = EngineFailure("the engine failed unexpectedly")
+        failure.__cause__ = error
+        return failure
+
+
+def concatenated(tickets: Sequence[Ticket]) -> dict[str, Array]:
+    return {name: np.concatenate([ticket.inputs[name] for ticket in tickets]) for name in tickets[0].inputs}
+
+
+def _always(ticket: Ticket) -> bool:
+    return True
+
+
+def _is_short(ticket: Ticket) -> bool:
+    return 0 < ticket.cost <= EXPRESS_SECONDS  # 0 = never measured
+
+
+def _give_way() -> None:
+    try:
+        # On Linux a thread has a nice value of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    except OSError:
+        pass  # a system that does not allow it runs them as equals
