@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench zoo clean mosquitto h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
 
-test: $(VENV)/.test mosquitto  ## the whole suite, with the real broker
+test: $(VENV)/.test mosquitto redis  ## the whole suite, with the real broker and the real Redis
 	$(BIN)/pytest $(ARGS)
 
 check: $(VENV)/.test           ## formatting, lint, types, import contracts
@@ -32,13 +32,16 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing: apt-get install python3-venv"; exit 1; }
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.convert: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.convert: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.python
 	@echo "installing into $(VENV): $*"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 mosquitto:
 	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || $(MAKE) --no-print-directory package NAME=mosquitto
+
+redis:
+	@command -v redis-server valkey-server >/dev/null || $(MAKE) --no-print-directory package NAME=redis-server
 
 h2load:
 	@command -v h2load >/dev/null || $(MAKE) --no-print-directory package NAME=nghttp2-client

@@ -1,16 +1,23 @@
-"""The front door: `tierline COMMAND`. Commands are a table of strings, imported when asked for."""
+"""The front door: `tierline COMMAND`, and `from tierline import Client, AsyncClient`. Both are imported when asked for."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from models.client import AsyncClient, Client
+
+__all__ = ["AsyncClient", "Client", "main"]
 
 # command -> (where it lives, the extra it needs, what it does)
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("deploy.demo:demo", "demo", "three tiers on this machine, from publishing a model to refusing a bad one"),
     "serve": ("models.cli:serve", "edge", "serve a folder of models, alone: no hub, no broker"),
+    "model": ("models.profile_cli:model", "edge", "measure a model: its runs, its batches, where it will run"),
+    "token": ("models.token_cli:token", "edge", "make keys, issue bearer tokens and look into them"),
     "broker": ("deploy.cli:broker", "hub", "run an MQTT broker on loopback that lets in whom the hub knows"),
     "hub": ("cloud_hub.cli:hub", "hub", "run the cloud hub"),
     "worker": ("cloud_hub.worker:worker", "hub", "run a cloud worker"),
@@ -24,6 +31,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "policy": ("cloud_hub.cli:policy", "hub", "show or set a tenant's routing policy"),
 }
 FOUNDATIONS = ("cloud_hub", "edge_node", "device_agent", "sync", "models", "deploy")
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: the command line must not pay for what a program imports.
+    if name in __all__:
+        return getattr(import_module("models.client"), name)
+    raise AttributeError(f"module 'tierline' has no attribute {name!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A cloud worker: a node like any other, of tier cloud, with a desired document and no tier above.
 
-request --HTTP--> RestHandler -> Router(here=Local, up=None)
+request --HTTP, gRPC, WebSocket--> Meter -> Guard -> Router(here=Cache(Local), up=None)
 document --MQTT--> Member's updaters -> Repository | PolicyBook
 """
 
@@ -16,13 +16,12 @@ import msgspec
 from msgspec.structs import replace
 
 from models.engines import available_engines
-from models.serving.http.server import HttpServer, serve_http
+from models.serving.assembly import Listening, caching, serving
+from models.serving.http.server import HttpServer
 from models.serving.local import Local
-from models.serving.plane import DataPlane
 from models.serving.policy_book import PolicyBook
 from models.serving.process import MAX_PORT, announce, configure_logging, port_number, run_until_stopped
 from models.serving.repository import Repository
-from models.serving.rest import RestHandler
 from models.serving.router import Router
 from sync.activation import Activator
 from sync.errors import InvalidConfig, SyncError
@@ -34,12 +33,14 @@ TIER = "cloud"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads."""
+    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads;
+    `[listen]`: what else it opens (its host and port are those above)."""
 
     node: Membership
     host: str = "127.0.0.1"
     port: int = 8000
     threads: int = 2
+    listen: Listening = Listening()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT or self.threads < 1:
@@ -52,17 +53,28 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
     engines = available_engines()
     repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
     book = PolicyBook(TIER)
-    here = Local(repository, TIER, threads=config.threads)
-    router = Router(here, None, models=repository, book=book)
+    listening = replace(config.listen, host=config.host, port=config.port)
+    local = Local(repository, TIER, threads=config.threads)
     capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
     activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
-        async with join(config.node, activators=activators, capabilities=capabilities, running=repository.running):
-            handler = RestHandler(DataPlane(router, repository, ready=repository.is_settled))
-            async with serve_http(handler, host=config.host, port=config.port) as server:
-                yield server
+        async with (
+            join(config.node, activators=activators, capabilities=capabilities, running=repository.running),
+            caching(listening, local, repository) as cache,
+            serving(
+                listening,
+                Router(cache, None, models=repository, book=book),
+                repository,
+                tier=TIER,
+                node=config.node.id,
+                local=local,
+                cache=cache,
+                ready=repository.is_settled,
+            ) as served,
+        ):
+            yield served.server
     finally:
-        await here.close()
+        await local.close()
         await repository.close()
 
 

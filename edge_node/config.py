@@ -6,21 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from models.serving.process import MAX_PORT
+from models.serving.assembly import Listening
 from models.serving.remote import check_url
 from sync.errors import InvalidConfig
 from sync.identity import LOOPBACK, Membership, load_config
-
-
-class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the data plane answers. `port` 0 = chosen by the system. Loopback only until nodes can be enrolled."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= MAX_PORT:
-            raise ValueError(f"port {self.port} is not 0 to {MAX_PORT}")
 
 
 class Up(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,10 +32,10 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[node]` who it is and whom it trusts, `[listen]`, `[serving]`, and `[up]`, absent = there is no tier above."""
+    """`[node]` who it is and whom it trusts, `[listen]` where it answers, `[serving]`, and `[up]`, absent = none is above."""
 
     node: Membership
-    listen: Listen = Listen()
+    listen: Listening = Listening()
     serving: Serving = Serving()
     up: Up | None = None
 

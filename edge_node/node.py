@@ -1,7 +1,7 @@
 """The edge node, put together: read this first.
 
-    request --HTTP--> RestHandler -> Router --+-- here: Local -> Repository's sessions
-                                              +-- up:   Remote -> the cloud's data plane
+    request --HTTP, gRPC, WebSocket--> Meter -> Guard -> Router --+-- here: Cache -> Local -> Repository's sessions
+                                                                  +-- up:   Remote -> the cloud's data plane
     document --MQTT--> Member's updaters -> Repository (models) | PolicyBook (routing)
     device  --HTTP--> BlobMirror -> store, else fetched from the hub and kept
 
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from edge_node.blobs import BlobMirror
 from edge_node.config import EdgeConfig
 from models.engines import available_engines
-from models.serving.http.server import HttpServer, serve_http
+from models.serving.assembly import caching, serving
+from models.serving.http.server import HttpServer
 from models.serving.local import Local
-from models.serving.plane import DataPlane
 from models.serving.policy_book import PolicyBook
+from models.serving.predictor import Predictor
 from models.serving.remote import Remote
 from models.serving.repository import Repository
-from models.serving.rest import RestHandler
 from models.serving.router import Router
 from sync.activation import Activator
 from sync.member import Member, join
@@ -51,9 +51,7 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
     engines = available_engines()
     repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
     book = PolicyBook(TIER)
-    here = Local(repository, TIER, threads=config.serving.threads)
-    up = Remote(config.up.url, tier="cloud") if config.up else None
-    router = Router(here, up, models=repository, book=book)
+    local = Local(repository, TIER, threads=config.serving.threads)
     capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
     activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
@@ -61,12 +59,35 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
             config.node, activators=activators, capabilities=capabilities, running=repository.running
         ) as member:
             mirror = BlobMirror(member.packages, member.fetcher)
-            handler = RestHandler(DataPlane(router, repository, ready=repository.is_settled), extra=mirror.routes)
-            listen = config.listen
-            async with router.probing(), serve_http(handler, host=listen.host, port=listen.port) as server:
-                yield EdgeNode(server, member, repository, router)
+            async with (
+                caching(config.listen, local, repository) as cache,
+                routed(config, cache, repository, book) as router,
+                serving(
+                    config.listen,
+                    router,
+                    repository,
+                    tier=TIER,
+                    node=config.node.id,
+                    local=local,
+                    cache=cache,
+                    ready=repository.is_settled,
+                    extra=mirror.routes,
+                ) as served,
+            ):
+                yield EdgeNode(served.server, member, repository, router)
+    finally:
+        await local.close()
+        await repository.close()
+
+
+@asynccontextmanager
+async def routed(config: EdgeConfig, here: Predictor, models: Repository, book: PolicyBook) -> AsyncIterator[Router]:
+    """`here`, with the tier above where there is one."""
+    up = Remote(config.up.url, tier="cloud") if config.up else None
+    router = Router(here, up, models=models, book=book)
+    try:
+        async with router.probing():
+            yield router
     finally:
         if up is not None:
             await up.close()
-        await here.close()
-        await repository.close()

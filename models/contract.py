@@ -131,6 +131,9 @@ class _Renamed:
         renamed = {self._in[name]: array for name, array in inputs.items()}
         return self._session.run(renamed, [self._out[name] for name in outputs] or self._all)
 
+    def stop(self) -> bool:
+        return self._session.stop()
+
     def close(self) -> None:
         self._session.close()
 

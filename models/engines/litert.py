@@ -68,11 +68,16 @@ class LitertSession:
                 for name, index in self._in:
                     self._interpreter.set_tensor(index, inputs[name])
                 self._interpreter.invoke()
-                return [self._interpreter.get_tensor(self._out[name]) for name in outputs or self._out]
+                # Without dimensions it would be a numpy scalar.
+                return [np.asarray(self._interpreter.get_tensor(self._out[name])) for name in outputs or self._out]
             except (ValueError, RuntimeError, KeyError, AttributeError) as error:
                 # A refused size leaves the interpreter between two: the next run sizes it anew.
                 self._shapes = []
                 raise EngineFailure(f"LiteRT: {_reason(error)}") from error
+
+    def stop(self) -> bool:
+        """LiteRT's Python interface offers no way to end a run."""
+        return False
 
     def close(self) -> None:
         """Drop the interpreter; its memory goes with the last reference."""

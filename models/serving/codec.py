@@ -22,6 +22,7 @@ from models.serving.codec_tensor import (
     view_binary,
     view_of,
 )
+from models.serving.parameters import NO_SHARED_MEMORY, binary_output, check_output, min_confidence, priority
 from models.serving.predictor import InferRequest, InferResponse
 from models.tensor import MAX_BYTES_ELEMENTS, Array, bytes_of, datatype_of
 
@@ -39,7 +40,6 @@ MAX_HEAD_BYTES = 2048
 """Longest request head that is remembered."""
 
 _INSTEAD = "send the tensors as binary data, or fewer at once"
-_NO_SHARED_MEMORY = "shared memory regions are not supported, send the data in the body"
 
 
 class _InputParameters(msgspec.Struct, frozen=True):
@@ -217,9 +217,9 @@ def _read_head(text: bytes) -> _Head:
         raise TooLarge(f"the request has {len(wire.inputs)} inputs, at most {MAX_INPUTS} are accepted")
     parameters = wire.parameters
     outputs, form = _wanted(wire.outputs, parameters)
-    confidence = _min_confidence(parameters) if parameters else None
-    priority = _priority(parameters) if parameters else 0
-    return _Head(wire.inputs, wire.id, outputs, form, confidence, priority, parameters)
+    confidence = min_confidence(parameters) if parameters else None
+    urgency = priority(parameters) if parameters else 0
+    return _Head(wire.inputs, wire.id, outputs, form, confidence, urgency, parameters)
 
 
 def _check_size(text: bytes) -> None:
@@ -260,7 +260,7 @@ def _inputs(tensors: list[_Input], body: bytes, offset: int) -> dict[str, Array]
             raise InvalidRequest(f"{where} is given twice")
         parameters = tensor.parameters
         if parameters.shared_memory_region is not None:
-            raise InvalidRequest(f"{where}: {_NO_SHARED_MEMORY}")
+            raise InvalidRequest(f"{where}: {NO_SHARED_MEMORY}")
         size = parameters.binary_data_size
         if size is None:
             if tensor.data is msgspec.UNSET:
@@ -287,39 +287,17 @@ _AS_BINARY = OutputForm(True)
 
 
 def _wanted(outputs: list[_Output], parameters: Mapping[str, Any]) -> tuple[tuple[str, ...], OutputForm]:
-    binary = parameters.get("binary_data_output", False) if parameters else False
-    if not isinstance(binary, bool):
-        raise InvalidRequest("parameters.binary_data_output is neither true nor false")
+    binary = binary_output(parameters) if parameters else False
     form = _AS_BINARY if binary else _AS_JSON
     if not outputs:
         return (), form
     by_name: dict[str, bool] = {}
     for output in outputs:
-        if output.name in by_name:
-            raise InvalidRequest(f"output '{output.name}' is asked for twice")
-        if output.parameters.shared_memory_region is not None:
-            raise InvalidRequest(f"output '{output.name}': {_NO_SHARED_MEMORY}")
-        if output.parameters.classification:
-            raise InvalidRequest(f"output '{output.name}': the classification extension is not supported")
+        shared = output.parameters.shared_memory_region is not None
+        check_output(output.name, by_name, shared_memory=shared, classification=output.parameters.classification)
         wanted = output.parameters.binary_data
         by_name[output.name] = binary if wanted is None else wanted
     return tuple(by_name), OutputForm(binary, by_name)
-
-
-def _min_confidence(parameters: Mapping[str, Any]) -> float | None:
-    value = parameters.get("min_confidence")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidRequest("parameters.min_confidence is not a number from 0 to 1")
-    return float(value)
-
-
-def _priority(parameters: Mapping[str, Any]) -> int:
-    value = parameters.get("priority", 0)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest("parameters.priority is not an integer")
-    return value
 
 
 def _json_tensor(name: str, array: Array) -> _Tensor:

@@ -95,6 +95,14 @@ class EnginePool:
         for ticket in waiting:
             self._landed([ticket], NotReady(STOPPING))
 
+    def stop_running(self) -> None:
+        """End the runs under way, where the engine can."""
+        for worker in tuple(self._workers.values()):
+            loaded = worker.running
+            if loaded is not None:
+                loaded.stopped = True
+                loaded.session.stop()
+
     # --- the threads -----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -127,6 +135,7 @@ class EnginePool:
                 self._tell(live, run_together(live, self._clock))
             with self._turn:
                 worker.running = None
+                first.loaded.stopped = False
                 self._queue.ended(first)
                 self._turn.notify()
                 if worker.lost:
@@ -181,7 +190,7 @@ class EnginePool:
             busy = True
             over = now - worker.since - loaded.max_run_seconds
             if over > 0 and not worker.stopped:
-                worker.stopped = True
+                worker.stopped = loaded.stopped = True
                 stopped = loaded.session.stop()
                 log.warning("%s ran for more than %g s: %s", loaded.identity, loaded.max_run_seconds,
                             "stopped" if stopped else "it cannot be stopped")  # fmt: skip
@@ -221,7 +230,7 @@ def run_together(tickets: list[Ticket], clock: Callable[[], float]) -> Run | Tie
         start = clock()
         outputs = first.loaded.session.run(concatenated(tickets), first.names)
         return Run(outputs, start, clock(), sum(ticket.rows for ticket in tickets))
-    except Exception:  # whatever it was, each alone will tell
+    except Exception:  # noqa: BLE001 - whatever it was, each alone will tell
         return [run_one(ticket.loaded, ticket.inputs, ticket.names, clock) for ticket in tickets]
 
 
@@ -233,6 +242,8 @@ def run_one(
         try:
             return Run(loaded.session.run(inputs, names), start, clock())
         except EngineFailure as error:
+            if loaded.stopped:
+                return EngineFailure(f"the run was stopped after {loaded.max_run_seconds:g} s")
             loaded.refuse(error)
             return error
     except TierlineError as error:

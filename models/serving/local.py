@@ -18,7 +18,7 @@ from models.serving.drive import Parked
 from models.serving.engine_pool import EnginePool
 from models.serving.loaded import INLINE_SECONDS, MAX_RUN_SECONDS, Loaded
 from models.serving.predictor import InferRequest, InferResponse
-from models.serving.repository import Repository
+from models.serving.repository import NotResident, Repository
 from models.serving.ticket import Run, Ticket
 from models.serving.turn import Turn
 from models.tensor import Array, check_tensor
@@ -32,7 +32,9 @@ LONG_STALL_SECONDS = 20 * STALL_SECONDS
 PACE_SHARE = 0.2
 """Weight of the latest run in the pace of a model."""
 CLOSE_SECONDS = 10.0
-"""How long `close` waits for runs under way."""
+"""How long `close` waits for runs under way in all."""
+PATIENCE_SECONDS = 5.0
+"""How long it waits before it stops them."""
 
 
 class Local:
@@ -52,9 +54,10 @@ class Local:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = repository.lookup
+        self._resident = repository.resident
         self._tier = tier
         self._clock = clock
-        self._pool = EnginePool(threads, max_waiting, self._landed, clock)
+        self.pool = EnginePool(threads, max_waiting, self._landed, clock)
         self._turn = Turn(self._landed, clock)
         self._under_way = 0
         self._tried: set[Loaded] = set()
@@ -62,9 +65,12 @@ class Local:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Raises NotFound, InvalidRequest, DeadlineExceeded, Overloaded, NotReady, or EngineFailure."""
-        loaded = self._lookup(request.model, request.version)
+        try:
+            loaded = self._lookup(request.model, request.version)
+        except NotResident:
+            loaded = await self._resident(request.model, request.version, request.deadline)
         elements, rows = check(loaded, request)
-        now = self._clock()
+        loaded.used = now = self._clock()
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded(f"the deadline of this request for '{request.model}' had passed before it was run")
         names = _wanted(loaded, request.outputs)
@@ -144,7 +150,7 @@ class Local:
         loaded.in_threads += 1
         ticket.threaded = True
         try:
-            self._pool.submit(ticket)
+            self.pool.submit(ticket)
         except TierlineError:
             self._end(loaded, 1)
             loaded.in_threads -= 1
@@ -163,7 +169,7 @@ class Local:
 
     def _drop(self, ticket: Ticket) -> None:
         """Nobody waits any more: what has not begun is taken back, what runs keeps its session open until it is over."""
-        if self._pool.drop(ticket):
+        if self.pool.drop(ticket):
             self._ended(ticket)
 
     def _landed(self, tickets: Sequence[Ticket], outcome: Run | TierlineError | Sequence[Run | TierlineError]) -> None:
@@ -211,6 +217,7 @@ class Local:
             ticket.parked.fail(outcome)
 
     def _ended(self, ticket: Ticket) -> None:
+        ticket.parked.on_cancel = None  # else the two keep each other, and the version, until the next full collection
         if ticket.threaded:
             ticket.loaded.in_threads -= 1
         self._end(ticket.loaded, 1)
@@ -245,23 +252,26 @@ class Local:
         )
 
     async def close(self) -> None:
-        """Accept no more runs, refuse those that have not begun and wait for those under way, at most 10 s."""
+        """Accept no more runs, refuse those that have not begun, wait for those under way, and stop what takes too long."""
         self._turn.close()
-        self._pool.close()
-        if self._under_way:
+        self.pool.close()
+        for seconds in (PATIENCE_SECONDS, CLOSE_SECONDS - PATIENCE_SECONDS):
+            if not self._under_way:
+                return
             self._idle.clear()
             try:
-                await asyncio.wait_for(self._idle.wait(), CLOSE_SECONDS)
+                await asyncio.wait_for(self._idle.wait(), seconds)
             except TimeoutError:
-                log.warning("%d runs did not end within %g s", self._under_way, CLOSE_SECONDS)
+                self.pool.stop_running()
+        if self._under_way:
+            log.warning("%d runs did not end within %g s", self._under_way, CLOSE_SECONDS)
 
 
 def check(loaded: Loaded, request: InferRequest) -> tuple[int, int]:
     """Number of input elements, and of rows (1 when the model has none).
 
-    Raises InvalidRequest, naming the tensor, unless the engine can be asked.
-
-    Inputs whose first dimension may be of any size are rows of one batch and must agree on how many; none may be empty.
+    Raises InvalidRequest, naming the tensor, unless the engine can be asked. Where rows are run together, inputs must agree
+    on how many there are. Whether a tensor may be empty is for the engine to say.
     """
     inputs = request.inputs
     if len(inputs) != len(loaded.expected):
@@ -274,12 +284,9 @@ def check(loaded: Loaded, request: InferRequest) -> tuple[int, int]:
         got = array.shape
         if not (batched and got and array.dtype is dtype and got[1:] == tail):
             check_tensor(spec, array)
-        size = array.size
-        if size == 0:
-            raise InvalidRequest(f"input '{name}': shape {list(got)} has no elements")
-        elements += size
+        elements += array.size
         if batched:
-            if rows not in (-1, got[0]):
+            if rows not in (-1, got[0]) and loaded.batching.rows > 1:
                 raise InvalidRequest(f"input '{name}': has {got[0]} rows, another input has {rows}")
             rows = got[0]
     for name in request.outputs:

@@ -6,12 +6,15 @@ them. Only inferring itself goes to `predictor` directly, after `require`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from models.errors import Conflict, NotFound
 from models.serving.caller import Access, Caller, OpenAccess, require_admin
+from models.serving.exchange import HttpRequest, HttpResponse
 from models.serving.index import ModelControl, ModelDescription, ModelIndex, ModelState, ModelStatistics, Statistics
+from models.serving.logs import LogSettings
 from models.serving.predictor import Predictor
 
 EXTENSIONS = (
@@ -26,28 +29,15 @@ EXTENSIONS = (
 """Protocol extensions that this server has, by the names Triton gave them."""
 
 
-class LogSettings:
-    """What Triton's logging extension can set: `apply` is told the settings that were changed."""
-
-    def __init__(self, apply: Callable[[Mapping[str, object]], None] | None = None) -> None:
-        self._apply = apply
-        self._values: dict[str, object] = {
-            "log_file": "",
-            "log_info": True,
-            "log_warning": True,
-            "log_error": True,
-            "log_verbose_level": 0,
-            "log_format": "default",
-        }
-
-    def values(self) -> Mapping[str, object]:
-        return dict(self._values)
+Submit = Callable[[Caller, HttpRequest, str, "str | None"], Coroutine[Any, Any, HttpResponse]]
+"""Takes an inference to be made later: caller, request, model, version."""
 
 
 class DataPlane:
     """`ready` says whether the server as a whole may get traffic. `control` None = models are decided elsewhere.
 
-    `statistics` None = nothing counts here. `name`: of the server, in its metadata.
+    `statistics` None = nothing counts here. `name`: of the server, in its metadata. `submit`: set once there is something
+    that makes inferences later, None = there is not.
     """
 
     def __init__(
@@ -66,6 +56,7 @@ class DataPlane:
         self.access = access or OpenAccess()
         self.control = control
         self.logs = logs or LogSettings()
+        self.submit: Submit | None = None
         self.name = name
         self.version = _version()
         self._index = index

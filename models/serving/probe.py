@@ -1,98 +1,138 @@
 """The first load of a file happens in a child process that may crash, hang or eat memory without harm to serving.
 
-The child gets one JSON request on standard input, bounds itself, loads the file, checks it against the manifest and the
-golden outputs, and answers one line of JSON. Half of a corpus of damaged ONNX files loads and runs without complaint, and
-native crashes are on record: hence a process, and hence the golden outputs.
+The child (`probe_child`) gets JSON on standard input, bounds itself, loads the file, checks it against what its manifest
+promises, runs it, and answers one line of JSON. Half of a corpus of damaged ONNX files loads and runs without complaint, and
+native crashes are on record: hence a process, and hence the golden outputs. It is no sandbox: a file that takes the child over
+can read what this user may read, and answer for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
+import hashlib
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from models.contract import bind, check_golden, load_golden
-from models.engines import EngineOptions, get_engine
-from models.errors import ContractBreach, NotReady, PackageError
-from models.manifest import Manifest, Variant
+from models.engines import EngineOptions
+from models.errors import NotReady
+from models.manifest import Blob, Manifest, Variant
+from models.serving.confine import environment
+from models.serving.probe_child import ProbeLimits, ProbeRequest, Verdict
+
+__all__ = ["ProbeLimits", "ProbeRequest", "Verdict", "file_request", "probe", "probe_files"]
 
 MAX_ANSWER_BYTES = 64 * 1024
-"""Most of a child's output that is read: the file under test may make it print."""
-_KEEP_ENV = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "SYSTEMROOT", "VIRTUAL_ENV")
-"""All that the child gets of the environment: it runs a stranger's file and needs no secrets."""
+"""Most of a line of a child's output that is read: the file under test may make it print."""
+SHARED_SECONDS = 10.0
+"""How long one file may hold up a child that has others to try; beyond it, it is tried again by itself."""
+MAX_CHILDREN = 2
+"""Children at once: each may use a core and the memory of the limits."""
+REAP_SECONDS = 5.0
 _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGFPE}
 """Deaths that the file itself causes. SIGKILL may be the system short of memory, SIGABRT an allocation that failed."""
 
 
-class ProbeLimits(msgspec.Struct, frozen=True):
-    """What a child may use. `memory_bytes`: address space beside five times the file's size (the frameworks alone may
-    map 1 GB). `cpu_seconds`, `wall_seconds`: the largest model we ship needs under one of each."""
-
-    memory_bytes: int = 2 << 30
-    cpu_seconds: int = 30
-    wall_seconds: float = 60.0
-
-
-class ProbeRequest(msgspec.Struct, frozen=True):
-    """What to try: the file at `path` as `variant` of `manifest`, against the golden arrays at `golden`."""
-
-    path: str
-    golden: str
-    variant: Variant
-    manifest: Manifest
-    options: EngineOptions
-    limits: ProbeLimits
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """`reason` is empty when the file keeps its promise. `final`: trying again would give the same."""
-
-    ok: bool
-    reason: str = ""
-    final: bool = True
+def file_request(
+    path: Path,
+    engine: str,
+    *,
+    manifest: Manifest | None = None,
+    options: EngineOptions | None = None,
+    limits: ProbeLimits | None = None,
+) -> ProbeRequest:
+    """For a file without golden arrays. Reads the whole file, for its digest: 60 ms for each 100 MB. Raises OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    variant = Variant(engine, "", Blob(f"sha256:{digest}", path.stat().st_size))
+    return ProbeRequest(str(path), None, variant, manifest, options or EngineOptions(), limits or ProbeLimits())
 
 
 async def probe(request: ProbeRequest) -> Verdict:
-    """Try a file in a child. Never raises for what the file does.
+    """Try one file in a child of its own. Never raises for what the file does.
 
-    Raises NotReady when the child could not be started or did not finish: that says nothing about the file.
+    Raises NotReady when the child could not be started: that says nothing about the file.
     """
+    answers, ending = await _try_in_turn([request], request.limits.wall_seconds)
+    return ending or answers[0]
+
+
+async def probe_files(requests: Sequence[ProbeRequest]) -> list[Verdict]:
+    """Try several files, in the order of `requests`; raises as `probe` does.
+
+    One child tries all of them, since starting it is most of the work. Only "ok" counts from there: what is refused, and what
+    is left when the child dies, is tried again in a child of its own, so that no file answers for another.
+    """
+    if len(requests) < 2:
+        return [await probe(request) for request in requests]
+    answers, _ = await _try_in_turn(requests, SHARED_SECONDS)
+    free = asyncio.Semaphore(MAX_CHILDREN)
+
+    async def settle(index: int) -> Verdict:
+        if index < len(answers) and answers[index].ok:
+            return answers[index]
+        async with free:
+            return await probe(requests[index])
+
+    return await asyncio.gather(*(settle(index) for index in range(len(requests))))
+
+
+async def _try_in_turn(requests: Sequence[ProbeRequest], patience: float) -> tuple[list[Verdict], Verdict | None]:
+    """What one child answered, and how it ended if that was not well. `patience`: seconds, for each file."""
     try:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "models.serving.probe",
+            sys.executable, "-P", "-m", "models.serving.probe_child",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env=_environment(), limit=MAX_ANSWER_BYTES,
+            env=environment(), limit=MAX_ANSWER_BYTES,
         )  # fmt: skip
     except OSError as error:
         raise NotReady(f"no process could be started to probe the file: {error}") from error
+    answers: list[Verdict] = []
     try:
-        answer = await asyncio.wait_for(_converse(child, msgspec.json.encode(request)), request.limits.wall_seconds)
+        await asyncio.wait_for(_send(child, msgspec.json.encode(list(requests))), patience)
+        for request in requests:
+            seconds = min(patience, request.limits.wall_seconds)
+            answers.append(await asyncio.wait_for(_answer(child), seconds))
+        await asyncio.wait_for(child.wait(), patience)
     except TimeoutError:
-        return Verdict(False, f"the probe was stopped after {request.limits.wall_seconds:g} s", final=False)
+        return answers, Verdict(False, f"the probe was stopped after {patience:g} s", final=False)
+    except msgspec.MsgspecError:
+        if await _ended(child) == 0:
+            return answers, Verdict(False, "the probe gave no readable answer", final=False)
     finally:
         await _reap(child)
-    return _judge(answer, child.returncode)
+    return answers, _ending(child.returncode)
 
 
-async def _converse(child: asyncio.subprocess.Process, request: bytes) -> bytes:
-    assert child.stdin is not None and child.stdout is not None
+async def _send(child: asyncio.subprocess.Process, request: bytes) -> None:
+    assert child.stdin is not None
     try:
         child.stdin.write(request)
         await child.stdin.drain()
         child.stdin.close()
     except (BrokenPipeError, ConnectionResetError):
         pass  # it died early: its exit status says how
+
+
+async def _answer(child: asyncio.subprocess.Process) -> Verdict:
+    """The next verdict. Raises MsgspecError when there is none to read."""
+    assert child.stdout is not None
     try:
-        answer = await child.stdout.readline()
+        line = await child.stdout.readline()
     except ValueError:
-        answer = b""  # more than MAX_ANSWER_BYTES without a line end
-    await child.wait()
-    return answer
+        line = b""  # more than MAX_ANSWER_BYTES without a line end
+    return msgspec.json.decode(line, type=Verdict)
+
+
+async def _ended(child: asyncio.subprocess.Process) -> int | None:
+    """Its exit status, which follows the end of its output at once; None when it stays."""
+    try:
+        return await asyncio.wait_for(child.wait(), REAP_SECONDS)
+    except TimeoutError:
+        return None
 
 
 async def _reap(child: asyncio.subprocess.Process) -> None:
@@ -101,72 +141,16 @@ async def _reap(child: asyncio.subprocess.Process) -> None:
             child.kill()
         except ProcessLookupError:
             pass  # ended between the two lines
-        await asyncio.wait_for(child.wait(), timeout=5.0)
+        await asyncio.wait_for(child.wait(), REAP_SECONDS)
 
 
-def _judge(answer: bytes, status: int | None) -> Verdict:
+def _ending(status: int | None) -> Verdict | None:
+    """What an exit status says of the file under test; None: nothing, the child went as it should."""
     if status == 0:
-        try:
-            return msgspec.json.decode(answer, type=Verdict)
-        except msgspec.MsgspecError:
-            return Verdict(False, "the probe gave no readable answer", final=False)
+        return None
     if status is not None and status < 0:
         killer = signal.Signals(-status)
         if killer is signal.SIGXCPU:
             return Verdict(False, "the probe used up its processor time", final=False)
         return Verdict(False, f"the file killed the probe with {killer.name}", final=killer in _CRASHES)
     return Verdict(False, f"the probe ended with status {status}", final=False)
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _KEEP_ENV if name in os.environ}
-    # The child must import this very package, whatever its working folder holds.
-    path = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-
-def try_variant(request: ProbeRequest) -> Verdict:
-    """In the child: load, check the interface, run the golden inputs, compare."""
-    manifest, variant = request.manifest, request.variant
-    try:
-        golden = load_golden(Path(request.golden), manifest)
-        session = get_engine(variant.engine).load(Path(request.path), request.options)
-        check_golden(bind(session, manifest.inputs, manifest.outputs), manifest, golden, variant.tolerance)
-    except MemoryError:
-        return Verdict(False, "the file needs more memory than a probe may use", final=False)
-    except ContractBreach as error:
-        # An allocation refused today may be granted on a machine with less to do.
-        return Verdict(False, str(error), final="alloc" not in str(error))
-    except PackageError as error:
-        return Verdict(False, str(error), final=False)
-    return Verdict(True)
-
-
-def _bound(limits: ProbeLimits, file_bytes: int) -> None:
-    memory = limits.memory_bytes + 5 * file_bytes
-    for which, soft, hard in (
-        (resource.RLIMIT_AS, memory, memory),
-        (resource.RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds + 1),
-        (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_FSIZE, 0, 0),
-    ):
-        ceiling = resource.getrlimit(which)[1]
-        top = hard if ceiling == resource.RLIM_INFINITY else min(hard, ceiling)
-        resource.setrlimit(which, (min(soft, top), top))
-
-
-def main() -> int:
-    """Read a ProbeRequest from standard input, write a Verdict to standard output."""
-    # Frameworks print: only the verdict may reach the parent.
-    answers = os.dup(1)
-    os.dup2(2, 1)
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProbeRequest)
-    _bound(request.limits, Path(request.path).stat().st_size)
-    os.write(answers, msgspec.json.encode(try_variant(request)) + b"\n")
-    return 0
-
-
-if __name__ == "__main__":
-    # Native teardown is skipped: a crash in it would say nothing about the file's answers.
-    code = main()
-    os._exit(code)

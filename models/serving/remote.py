@@ -6,50 +6,16 @@ Foreign errors end here: a socket's become Unreachable, an HTTP status the error
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from functools import lru_cache
 from urllib.parse import SplitResult, quote, urlsplit
 
-import msgspec
-
-from models.errors import (
-    CallerError,
-    DeadlineExceeded,
-    EngineFailure,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    NotReady,
-    Overloaded,
-    TierlineError,
-    TooLarge,
-    Unauthenticated,
-    Unreachable,
-    UnsupportedEncoding,
-)
-from models.serving.codec_client import decode_response, encode_request
+from models.errors import DeadlineExceeded, NotReady, Unreachable
+from models.serving.codec_client import Heads, decode_response, encode_request, header_length_of
+from models.serving.endpoint import HEADER_VALUE, Endpoint
 from models.serving.predictor import InferRequest, InferResponse
-from models.serving.wire import Pool, Reply
-
-MAX_RETRY_AFTER_SECONDS = 3600.0
-"""Longest pause that a server may ask for and be believed."""
-MAX_ERROR_TEXT = 1000
-"""Characters of a foreign error text that are repeated."""
-
-_ERRORS: dict[int, type[TierlineError]] = {
-    400: InvalidRequest,
-    401: Unauthenticated,
-    403: Unauthenticated,
-    404: NotFound,
-    405: MethodNotAllowed,
-    413: TooLarge,
-    415: UnsupportedEncoding,
-    500: EngineFailure,
-    503: NotReady,
-    504: DeadlineExceeded,
-}
-_HEADER_VALUE = re.compile(r"[\x21-\x7e]{1,4096}")
+from models.serving.status import error_of
+from models.serving.wire import Pool
 
 
 def check_url(url: str) -> SplitResult:
@@ -58,10 +24,6 @@ def check_url(url: str) -> SplitResult:
     if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError(f"{url!r} is not http://host:port")
     return parts
-
-
-class _Error(msgspec.Struct):
-    error: str
 
 
 class Remote:
@@ -83,14 +45,16 @@ class Remote:
         default_timeout: float = 10.0,
     ) -> None:
         parts = check_url(url)
-        if token is not None and not _HEADER_VALUE.fullmatch(token):
+        if token is not None and not HEADER_VALUE.fullmatch(token):
             raise ValueError("the token holds characters that a header cannot carry")
         self._tier = tier
         self._prefix = parts.path.rstrip("/")
         self._default_timeout = default_timeout
-        self._pool = Pool(parts.hostname or "", parts.port or 80, size=max_connections, connect_timeout=connect_timeout)
+        endpoint = Endpoint(parts.hostname or "", parts.port or 80)
+        self._pool = Pool(endpoint, size=max_connections, connect_timeout=connect_timeout)
         credential = "" if token is None else f"authorization: Bearer {token}\r\n"
         self._shared_head = f" HTTP/1.1\r\nhost: {parts.netloc}\r\n{credential}".encode("ascii")
+        self._heads = Heads()
         self._infer_head = lru_cache(maxsize=256)(self._make_infer_head)
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -99,9 +63,9 @@ class Remote:
         if remaining <= 0:
             raise DeadlineExceeded("the deadline passed before the request was sent")
         deadline = asyncio.get_running_loop().time() + remaining
-        body = encode_request(request)
+        body = encode_request(request, self._heads)
         trace = b""
-        if request.trace is not None and _HEADER_VALUE.fullmatch(request.trace):
+        if request.trace is not None and HEADER_VALUE.fullmatch(request.trace):
             trace = b"traceparent: %b\r\n" % request.trace.encode()
         head = (
             b"%bcontent-length: %d\r\ninference-header-content-length: %d\r\ntierline-deadline-ms: %.3f\r\n%b\r\n"
@@ -115,8 +79,8 @@ class Remote:
         )
         reply = await self._pool.exchange([head, *body], deadline)
         if reply.status != 200:
-            raise self._error(reply)
-        return decode_response(reply.body, self._header_length(reply), request, self._tier)
+            raise error_of(reply)
+        return decode_response(reply.body, header_length_of(reply, self._tier), request, self._tier, self._heads)
 
     async def ping(self, timeout: float) -> float:
         """Seconds that /v2/health/ready took. Raises Unreachable, or NotReady when it answers that it is not ready."""
@@ -141,28 +105,3 @@ class Remote:
         versions = "" if version is None else f"/versions/{quote(version, safe='')}"
         path = f"{self._prefix}/v2/models/{quote(model, safe='')}{versions}/infer"
         return f"POST {path}".encode("ascii") + self._shared_head + b"content-type: application/octet-stream\r\n"
-
-    def _header_length(self, reply: Reply) -> int | None:
-        value = reply.headers.get(b"inference-header-content-length")
-        if value is None:
-            return None
-        if not value.isdigit() or not 0 < int(value[:18]) <= len(reply.body):
-            raise Unreachable(f"the {self._tier} tier sent a bad inference-header-content-length")
-        return int(value)
-
-    def _error(self, reply: Reply) -> TierlineError:
-        try:
-            text = msgspec.json.decode(reply.body, type=_Error).error[:MAX_ERROR_TEXT]
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            text = f"status {reply.status} without an explanation"
-        if reply.status == 429:
-            return Overloaded(text, _retry_after(reply))
-        kind = _ERRORS.get(reply.status)
-        if kind is None:
-            kind = CallerError if 400 <= reply.status < 500 else Unreachable
-        return kind(text)
-
-
-def _retry_after(reply: Reply) -> float:
-    value = reply.headers.get(b"retry-after", b"")
-    return min(float(value), MAX_RETRY_AFTER_SECONDS) if value.isdigit() else 1.0

@@ -1,39 +1,56 @@
 """The models served here: prepared beside the running ones, swapped by one assignment, closed when their last run is over.
 
 Meets `sync.updater.Activator` for desired documents, `models.serving.index.ModelIndex` for the frontends, and
-`models.serving.router.LocalModels` for the router. All methods belong to one event loop; only loading leaves it.
+`models.serving.router.LocalModels` for the router. What a desired document asks for stays in memory; versions that
+`models.serving.folder_control` puts in may leave it under a memory budget (`models.serving.residency`). All methods belong
+to one event loop; only loading leaves it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.contract import Golden, bind, check_golden, load_golden
-from models.desired import Assignment, decode_desired, plan
-from models.engines import EngineOptions, available_engines, get_engine
-from models.errors import ContractBreach, NotFound, NotReady, PackageError
-from models.manifest import MAX_MANIFEST_BYTES, Manifest, Variant, choose_variant, decode_manifest
+from models.desired import decode_desired, plan
+from models.engines import EngineOptions, available_engines
+from models.errors import NotFound, NotReady
+from models.manifest import choose_variant
 from models.serving.index import ModelDescription
-from models.serving.loaded import CLEAN_ANSWERS, Identity, Loaded, first_row
-from models.serving.probe import ProbeLimits, ProbeRequest, probe
+from models.serving.loaded import CLEAN_ANSWERS, Loaded
+from models.serving.memory import give_back
+from models.serving.model_settings import ModelSettings
+from models.serving.package import PackageLoader, identity_of
+from models.serving.probe import ProbeLimits
+from models.serving.registered import Registered
+from models.serving.residency import Residency
 from models.serving.verdicts import Verdicts
 
 log = logging.getLogger("tierline.repository")
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for runs under way."""
+TRIM_SECONDS = 0.5
+"""How long after a version was closed freed memory is given back: once for all that are closed meanwhile."""
+RESIDENT_SECONDS = 60.0
+"""Longest wait for an evicted model by a request without a deadline."""
+
+
+class NotResident(NotReady):
+    """The version is served but not in memory just now: `Repository.resident` brings it back."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """What answers to one model name. `versions` is ordered, newest last; `default` answers when none is asked for."""
 
-    default: Loaded
-    versions: Mapping[str, Loaded]
+    default: Registered
+    versions: Mapping[str, Registered]
+    settings: ModelSettings = field(default_factory=ModelSettings)
 
 
 @dataclass
@@ -41,7 +58,7 @@ class Prepared:
     """A table ready to be served. `fresh`: what was loaded for it and is not in the table it was prepared beside."""
 
     table: dict[str, Entry] = field(default_factory=dict)
-    fresh: list[Loaded] = field(default_factory=list)
+    fresh: list[Registered] = field(default_factory=list)
 
 
 class Repository:
@@ -54,32 +71,76 @@ class Repository:
         options: EngineOptions | None = None,
         verdicts: Path | None = None,
         limits: ProbeLimits | None = None,
+        memory_budget: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`engines`: None = those installed. `verdicts`: folder where probes' verdicts are kept, None = nowhere."""
+        """`engines`: None = those installed. `verdicts`: folder where probes' verdicts are kept, None = nowhere.
+
+        `memory_budget`: bytes that versions which may be evicted can cost together, None = no bound.
+        """
         self._engines = tuple(available_engines() if engines is None else engines)
-        self._options = options or EngineOptions()
-        self._verdicts = Verdicts(verdicts)
-        self._limits = limits or ProbeLimits()
+        self._loader = PackageLoader(
+            self._engines, options or EngineOptions(), Verdicts(verdicts), limits or ProbeLimits()
+        )
         self._table: Mapping[str, Entry] = {}
         self._watched: list[tuple[str, Loaded]] = []
         self._settled = False
-        self._draining: set[Loaded] = set()
+        self._clock = clock
+        self._watchers: list[Callable[[str], None]] = []
+        self._draining: dict[Loaded, tuple[str, str]] = {}
         self._drained = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
+        # One thread for all: freed in many threads, the memory of many versions is kept by as many allocator arenas.
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="tierline-close")
+        self._trimming: asyncio.TimerHandle | None = None
+        self.residency = Residency(budget=memory_budget, retire=self._retire, clock=clock)
 
     # --- what answers -----------------------------------------------------------------------------------------------
 
     def lookup(self, model: str, version: str | None) -> Loaded:
-        """What answers to `model`, `version` None = the default. Raises NotFound."""
+        """What answers to `model`, `version` None = the default. Raises NotFound, or NotResident: then ask `resident`."""
         entry = self._table.get(model)
         if entry is None:
             raise NotFound(f"model '{model}' is not served here")
-        if version is None:
-            return entry.default
-        loaded = entry.versions.get(version)
+        loaded = entry.default.loaded if version is None else _version(model, version, entry).loaded
         if loaded is None:
-            raise NotFound(f"model '{model}' has no version '{version}' here; served: {', '.join(entry.versions)}")
+            raise NotResident(f"model '{model}' is not in memory now")
         return loaded
+
+    async def resident(self, model: str, version: str | None, deadline: float | None) -> Loaded:
+        """As `lookup`, after loading the version when it is not in memory. `deadline`: monotonic seconds, None = 60 s from now.
+
+        The caller must use what this returns, or `acquire` it, before it suspends. Raises NotFound, DeadlineExceeded,
+        Overloaded, or NotReady when it cannot be loaded.
+        """
+        latest = self._clock() + RESIDENT_SECONDS
+        end = latest if deadline is None else min(deadline, latest)
+        while True:
+            registered = self.registered(model, version)
+            if registered.loaded is not None:
+                return registered.loaded
+            await self.residency.bring(registered, end)
+
+    def registered(self, model: str, version: str | None) -> Registered:
+        """What is known of a version, in memory or not. Raises NotFound."""
+        entry = self._table.get(model)
+        if entry is None:
+            raise NotFound(f"model '{model}' is not served here")
+        return entry.default if version is None else _version(model, version, entry)
+
+    def versions(self, model: str) -> Mapping[str, Registered]:
+        """Those that can be asked for, newest last; none for a model that is not served here."""
+        entry = self._table.get(model)
+        return entry.versions if entry else {}
+
+    def settings(self, model: str) -> ModelSettings:
+        """What the operator says of a model; the defaults when it is not served here, or its package decides."""
+        entry = self._table.get(model)
+        return entry.settings if entry else ModelSettings()
+
+    def draining(self) -> Iterable[tuple[str, str]]:
+        """(model, version) of those that serve no more and still have runs under way."""
+        return self._draining.values()
 
     def has(self, model: str, version: str | None) -> bool:
         entry = self._table.get(model)
@@ -95,14 +156,25 @@ class Repository:
         return sorted(self._table)
 
     def describe(self, model: str, version: str | None) -> ModelDescription:
-        loaded = self.lookup(model, version)
-        identity = loaded.identity
+        known = self.registered(model, version)
         versions = tuple(self._table[model].versions)
-        return ModelDescription(model, identity.package, versions, identity.platform, loaded.inputs, loaded.outputs)
+        return ModelDescription(
+            model, known.identity.package, versions, known.identity.platform, known.inputs, known.outputs
+        )
 
     def is_ready(self, model: str, version: str | None) -> bool:
-        self.lookup(model, version)
-        return True
+        """Whether it can answer: it is in memory, or was loaded when it was last wanted there."""
+        return self.registered(model, version).is_ready
+
+    def watch(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        """Call `changed(model)` in the loop whenever other versions answer to a model. Returns what ends that."""
+        self._watchers.append(changed)
+
+        def end() -> None:
+            if changed in self._watchers:
+                self._watchers.remove(changed)
+
+        return end
 
     def is_settled(self) -> bool:
         """Whether a table was put in force: before that, "no such model" only means "not yet"."""
@@ -128,14 +200,14 @@ class Repository:
         served has changed.
         """
         desired = decode_desired(body)
-        known = {loaded.identity: loaded for entry in self._table.values() for loaded in entry.versions.values()}
+        known = {each.identity: each for each in _all(self._table)}
         prepared = Prepared()
         try:
             for name in sorted(desired.models):
                 assignment = desired.models[name]
-                identity = _identity(assignment, choose_variant(assignment.variants, self._engines))
+                identity = identity_of(assignment, choose_variant(assignment.variants, self._engines))
                 if identity not in known:
-                    known[identity] = await self._load(name, assignment, blobs)
+                    known[identity] = Registered(name, await self._loader.load(name, assignment, blobs))
                     prepared.fresh.append(known[identity])
                 prepared.table[name] = Entry(known[identity], {assignment.version: known[identity]})
         except BaseException:
@@ -149,25 +221,39 @@ class Repository:
         Raises NotReady when another commit has closed a version that the token meant to keep.
         """
         prepared = _prepared(token)
-        if any(loaded.retired for entry in prepared.table.values() for loaded in entry.versions.values()):
+        if any(each.gone for each in _all(prepared.table)):
             raise NotReady("the models served have changed since this was prepared: prepare it again")
+        self._judge(prepared.table)
         self._swap(prepared.table)
         prepared.fresh.clear()
 
     async def discard(self, token: object) -> None:
         """Close what `prepare` loaded; nothing after a commit."""
         prepared = _prepared(token)
-        for loaded in prepared.fresh:
-            loaded.retire(self._close_soon)
+        for registered in prepared.fresh:
+            self.residency.drop(registered)
         prepared.fresh.clear()
 
     def install(self, models: Mapping[str, Mapping[str, Loaded]]) -> None:
         """Serve these versions, name -> version -> loaded, ordered with the newest, the default, last."""
+        known = {each.loaded: each for each in _all(self._table)}
         table = {}
         for name, versions in models.items():
             if not versions:
                 raise ValueError(f"model {name!r} has no version")
-            table[name] = Entry(list(versions.values())[-1], dict(versions))
+            for loaded in versions.values():
+                known.setdefault(loaded, Registered(name, loaded))
+            kept = {version: known[loaded] for version, loaded in versions.items()}
+            table[name] = Entry(list(kept.values())[-1], kept)
+        self._judge(table)
+        self._swap(table)
+
+    def put(self, model: str, versions: Mapping[str, Registered], settings: ModelSettings) -> None:
+        """Let these versions of one model, newest last, answer in place of those that did; {} = it is served no more."""
+        table = dict(self._table)
+        table.pop(model, None)
+        if versions:
+            table[model] = Entry(list(versions.values())[-1], dict(versions), settings)
         self._swap(table)
 
     def verdict(self) -> str:
@@ -187,6 +273,7 @@ class Repository:
 
     async def close(self) -> None:
         """Stop serving: wait for runs under way, at most 10 s, and release the sessions."""
+        await self.residency.close()
         self._swap({})
         self._settled = False
         if self._draining:
@@ -195,100 +282,73 @@ class Repository:
                 await asyncio.wait_for(self._drained.wait(), CLOSE_SECONDS)
             except TimeoutError:
                 log.warning("runs of %d versions did not end within %g s", len(self._draining), CLOSE_SECONDS)
+        if self._trimming is not None:
+            self._trimming.cancel()
+            self._trimming = None
         if self._closing:
             await asyncio.wait(self._closing, timeout=CLOSE_SECONDS)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
+    def _judge(self, table: Mapping[str, Entry]) -> None:
+        """From here on `verdict` is about what this table changes."""
+        before = set(_all(self._table))
+        changed = ((name, entry.default) for name, entry in table.items() if entry.default not in before)
+        self._watched = [(name, each.loaded) for name, each in changed if each.loaded is not None]
+
     def _swap(self, table: Mapping[str, Entry]) -> None:
-        before = {loaded for entry in self._table.values() for loaded in entry.versions.values()}
-        self._watched = [(name, entry.default) for name, entry in table.items() if entry.default not in before]
-        self._table = table
+        old, self._table = self._table, table
         self._settled = True
-        kept = {loaded for entry in table.values() for loaded in entry.versions.values()}
-        for loaded in before - kept:
-            self._draining.add(loaded)
-            loaded.retire(self._close_soon)
+        kept = set(_all(table))
+        for registered in set(_all(old)) - kept:
+            self.residency.drop(registered)
+        for name in old.keys() | table.keys():
+            before, after = old.get(name), table.get(name)
+            if (before and before.versions) != (after and after.versions):
+                self._tell(name)
+
+    def _tell(self, model: str) -> None:
+        for changed in list(self._watchers):
+            try:
+                changed(model)
+            except Exception:
+                log.exception("whoever watches the models failed on '%s'", model)
+
+    def _retire(self, registered: Registered, loaded: Loaded) -> None:
+        self._draining[loaded] = registered.name, registered.identity.version
+        loaded.retire(self._close_soon)
 
     def _close_soon(self, loaded: Loaded) -> None:
         """Close in a thread: freeing a large model takes milliseconds that requests would feel."""
-        self._draining.discard(loaded)
+        self._draining.pop(loaded, None)
         if not self._draining:
             self._drained.set()
-        closing = asyncio.get_running_loop().run_in_executor(None, loaded.session.close)
+        self._later(loaded.session.close)
+        if self._trimming is None:
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        self._trimming = None
+        self._later(give_back)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        closing = asyncio.get_running_loop().run_in_executor(self._closer, work)
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    async def _load(self, name: str, assignment: Assignment, blobs: Mapping[str, Path]) -> Loaded:
-        where = f"model '{name}' ({assignment.package}/{assignment.version})"
-        try:
-            manifest = _read_manifest(assignment, blobs)
-            variant = choose_variant(manifest.variants, self._engines)
-            paths = _blob(blobs, variant.blob.digest), _blob(blobs, manifest.golden.digest)
-            await self._probe(manifest, variant, *paths)
-            return await asyncio.to_thread(self._open, _identity(assignment, variant), manifest, variant, *paths)
-        except PackageError as error:
-            raise type(error)(f"{where}: {error}") from error
 
-    async def _probe(self, manifest: Manifest, variant: Variant, path: Path, golden: Path) -> None:
-        verdict = self._verdicts.get(manifest, variant)
-        if verdict is None:
-            request = ProbeRequest(str(path), str(golden), variant, manifest, self._options, self._limits)
-            verdict = await probe(request)
-            self._verdicts.put(manifest, variant, verdict)
-        if not verdict.ok:
-            # What only this moment is to blame for must not condemn the file.
-            raise (ContractBreach if verdict.final else NotReady)(verdict.reason)
+def _version(model: str, version: str, entry: Entry) -> Registered:
+    registered = entry.versions.get(version)
+    if registered is None:
+        raise NotFound(f"model '{model}' has no version '{version}' here; served: {', '.join(entry.versions)}")
+    return registered
 
-    def _open(self, identity: Identity, manifest: Manifest, variant: Variant, path: Path, golden_path: Path) -> Loaded:
-        """In a thread: load the file, warm it on the golden inputs, measure it."""
-        golden: Golden = load_golden(golden_path, manifest)
-        session = get_engine(variant.engine).load(path, self._options)
-        try:
-            session = bind(session, manifest.inputs, manifest.outputs)
-            check_golden(session, manifest, golden, variant.tolerance)
-            return Loaded(
-                identity,
-                session,
-                inputs=manifest.inputs,
-                outputs=manifest.outputs,
-                confidence=manifest.confidence,
-                sample=first_row(manifest.inputs, golden.inputs),
-            )
-        except BaseException:
-            session.close()
-            raise
+
+def _all(table: Mapping[str, Entry]) -> Iterable[Registered]:
+    return (registered for entry in table.values() for registered in entry.versions.values())
 
 
 def _prepared(token: object) -> Prepared:
     if not isinstance(token, Prepared):
         raise TypeError(f"expected what prepare returned, got {type(token).__name__}")
     return token
-
-
-def _identity(assignment: Assignment, variant: Variant) -> Identity:
-    return Identity(
-        assignment.package,
-        assignment.version,
-        variant.engine,
-        variant.precision,
-        assignment.manifest.digest,
-        variant.blob.digest,
-    )
-
-
-def _blob(blobs: Mapping[str, Path], digest: str) -> Path:
-    path = blobs.get(digest)
-    if path is None:
-        raise ContractBreach(f"file {digest} was not given")
-    return path
-
-
-def _read_manifest(assignment: Assignment, blobs: Mapping[str, Path]) -> Manifest:
-    """The manifest, refused when it says anything else than the assignment that named it."""
-    with _blob(blobs, assignment.manifest.digest).open("rb") as file:
-        manifest = decode_manifest(file.read(MAX_MANIFEST_BYTES + 1))
-    for name in ("package", "version", "variants", "golden"):
-        if getattr(manifest, name) != getattr(assignment, name):
-            raise ContractBreach(f"the manifest's {name} is not what the desired document says")
-    return manifest

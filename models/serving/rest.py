@@ -16,7 +16,7 @@ import msgspec
 
 from models.errors import InvalidRequest, MethodNotAllowed, TierlineError, TryAgain, UnsupportedEncoding
 from models.serving.caller import Caller
-from models.serving.codec import Heads, decode_request, encode_response
+from models.serving.codec import MAX_JSON_BYTES, Heads, decode_request, encode_response
 from models.serving.exchange import (
     JSON,
     OCTETS,
@@ -28,6 +28,7 @@ from models.serving.exchange import (
     error_response,
 )
 from models.serving.plane import DataPlane
+from models.serving.rest_body import MAX_EXPANDED_BYTES, Expander, accepted_coding, content_coding, pack
 from models.serving.rest_routes import INFER, find_route
 
 log = logging.getLogger("tierline.rest")
@@ -43,6 +44,7 @@ class InferPlan(msgspec.Struct):
     """What the head of an infer request says, worked out once: clients send the same head again and again.
 
     `header_length`: bytes of JSON before binary data, None = all is JSON. `budget`: seconds, None = the policy's default.
+    `coded`: the body came compressed, or the answer is to be: `content` and `accepted` say how, None = not at all.
     `revision`, `expires`: until when the caller is who they were.
     """
 
@@ -53,6 +55,9 @@ class InferPlan(msgspec.Struct):
     trace: str | None
     tenant: str | None
     client: str | None
+    content: str | None
+    accepted: str | None
+    coded: bool
     revision: int
     expires: float
 
@@ -70,6 +75,7 @@ class RestHandler:
         self._access = plane.access
         self._extra = dict(extra or {})
         self._heads: Heads = {}
+        self._expander = Expander()
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         try:
@@ -77,7 +83,9 @@ class RestHandler:
             if plan is not None and plan.revision == self._access.revision:
                 now = time.monotonic()
                 if now < plan.expires:
-                    return await self._infer(request, plan, now)
+                    if plan.coded:
+                        return await self._infer_coded(request.body, plan, now)
+                    return await self._infer(request.body, plan, now)
             return await self._first(request)
         except TierlineError as error:
             if error.http >= 500 and not isinstance(error, TryAgain):
@@ -101,15 +109,29 @@ class RestHandler:
             caller = self._access.identify(head.peer, head.headers.get(b"authorization"))
             self._plane.require(caller, route.model)
             plan = head.memo = _plan(head, route.model, route.version, caller, revision)
-            return await self._infer(request, plan, time.monotonic())
+            infer = self._infer_coded if plan.coded else self._infer
+            return await infer(request.body, plan, time.monotonic())
         caller = Caller()
         if not route.open:
             caller = self._access.identify(head.peer, head.headers.get(b"authorization"))
         return await route.act(self._plane, caller, request, route.model, route.version)
 
-    async def _infer(self, request: HttpRequest, plan: InferPlan, now: float) -> HttpResponse:
+    async def _infer_coded(self, body: bytes, plan: InferPlan, now: float) -> HttpResponse:
+        """Compressed in, out or both. The header's length counts bytes of the expanded body (Triton's extension)."""
+        if plan.content is None:
+            answer = await self._infer(body, plan, now)
+        else:
+            limit = MAX_JSON_BYTES if plan.header_length is None else MAX_EXPANDED_BYTES
+            expanded = await self._expander.expand(body, plan.content, limit)
+            try:
+                answer = await self._infer(expanded, plan, now)
+            finally:
+                self._expander.release(len(expanded))
+        return answer if plan.accepted is None else await pack(answer, plan.accepted)
+
+    async def _infer(self, body: bytes, plan: InferPlan, now: float) -> HttpResponse:
         inference, form = decode_request(
-            request.body,
+            body,
             plan.header_length,
             model=plan.model,
             version=plan.version,
@@ -120,15 +142,19 @@ class RestHandler:
             heads=self._heads,
         )
         answer = await self._predictor.infer(inference)
-        body, header_length = encode_response(answer, form, inference.id)
-        if header_length is None:
-            return HttpResponse(200, JSON, body)
-        return HttpResponse(200, b"%binference-header-content-length: %d\r\n" % (OCTETS, header_length), body)
+        parts, header_length = encode_response(answer, form, inference.id)
+        headers = (
+            JSON if header_length is None else b"%binference-header-content-length: %d\r\n" % (OCTETS, header_length)
+        )
+        if answer.trace is not None:
+            headers = b"%btraceparent: %b\r\n" % (headers, answer.trace.encode())
+        return HttpResponse(200, headers, parts)
 
 
 def _plan(head: HttpHead, model: str, version: str | None, caller: Caller, revision: int) -> InferPlan:
     headers = head.headers
-    _check_encoding(headers)
+    _check_type(headers)
+    content, accepted = content_coding(headers), accepted_coding(headers)
     length = headers.get(BINARY_HEADER)
     budget = headers.get(DEADLINE_HEADER)
     trace = headers.get(b"traceparent")
@@ -140,21 +166,19 @@ def _plan(head: HttpHead, model: str, version: str | None, caller: Caller, revis
         None if trace is None else trace.decode("latin-1"),
         caller.tenant,
         caller.client,
+        content,
+        accepted,
+        content is not None or accepted is not None,
         revision,
         caller.expires,
     )
 
 
-def _check_encoding(headers: Mapping[bytes, bytes]) -> None:
+def _check_type(headers: Mapping[bytes, bytes]) -> None:
     kind = headers.get(b"content-type", b"")
     if kind not in _BODY_TYPES and kind.partition(b";")[0].strip().lower() not in _BODY_TYPES:
         raise UnsupportedEncoding(
             f"content type {kind.decode('latin-1')!r} is neither JSON nor application/octet-stream"
-        )
-    coding = headers.get(b"content-encoding")
-    if coding is not None and coding.lower() not in (b"identity", b""):
-        raise UnsupportedEncoding(
-            f"content encoding {coding.decode('latin-1')!r} is not supported, send the body as it is"
         )
 
 

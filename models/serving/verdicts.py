@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 
 from models.engines import ENGINES
-from models.manifest import Manifest, Variant
-from models.serving.probe import Verdict
+from models.serving.probe import ProbeRequest, Verdict, probe_files
 
 log = logging.getLogger("tierline.verdicts")
 
@@ -21,24 +21,36 @@ MAX_VERDICTS = 4_096
 
 
 class Verdicts:
-    """Final verdicts by file, engine and promise. `folder` None = nothing is kept."""
+    """Final verdicts by file, engine, options and promise. `folder` None = nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, manifest: Manifest, variant: Variant) -> Verdict | None:
+    async def judge(self, requests: Sequence[ProbeRequest]) -> list[Verdict]:
+        """The verdict on each, probing what is not known. Raises NotReady when no child could be started."""
+        verdicts = [self.find(request) for request in requests]
+        unknown = [request for request, verdict in zip(requests, verdicts, strict=True) if verdict is None]
+        if unknown:
+            found = iter(await probe_files(unknown))
+            for index, request in enumerate(requests):
+                if verdicts[index] is None:
+                    verdicts[index] = verdict = next(found)
+                    self.keep(request, verdict)
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def find(self, request: ProbeRequest) -> Verdict | None:
         if self._folder is None:
             return None
         try:
-            return msgspec.json.decode((self._folder / _name(manifest, variant)).read_bytes(), type=Verdict)
+            return msgspec.json.decode((self._folder / _name(request)).read_bytes(), type=Verdict)
         except (OSError, msgspec.MsgspecError):
             return None  # absent, or torn by a power cut: probing again is safe
 
-    def put(self, manifest: Manifest, variant: Variant, verdict: Verdict) -> None:
+    def keep(self, request: ProbeRequest, verdict: Verdict) -> None:
         """Keep a final verdict. A disk that refuses costs a probe next time, nothing else."""
         if self._folder is None or not verdict.final:
             return
-        target = self._folder / _name(manifest, variant)
+        target = self._folder / _name(request)
         staged = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -55,19 +67,24 @@ class Verdicts:
             file.unlink(missing_ok=True)
 
 
-def _name(manifest: Manifest, variant: Variant) -> str:
+def _name(request: ProbeRequest) -> str:
     """`<file digest>-<engine>-<promise>.json`.
 
     The promise is part of the name because a good file under a wrong manifest is refused, and must be accepted once the
     manifest is right; the framework's release because another one may crash or not.
     """
-    promise = (manifest.inputs, manifest.outputs, manifest.golden.digest, variant.tolerance, _release(variant.engine))
+    manifest, variant = request.manifest, request.variant
+    promise: tuple[object, ...] = (request.options, _release(variant.engine))
+    if manifest is not None:
+        promise = (*promise, manifest.inputs, manifest.outputs)
+        if request.golden is not None:
+            promise = (*promise, manifest.golden.digest, variant.tolerance)
     digest = hashlib.sha256(msgspec.json.encode(promise)).hexdigest()[:16]
     return f"{variant.blob.digest.removeprefix('sha256:')}-{variant.engine}-{digest}.json"
 
 
 def _release(engine: str) -> str:
-    for module in ENGINES[engine][1] if engine in ENGINES else ():
+    for module in ENGINES[engine].modules if engine in ENGINES else ():
         try:
             return version(module.replace("_", "-"))
         except PackageNotFoundError:

@@ -13,27 +13,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
 
-import httptools
-import msgspec
-
 from models.errors import DeadlineExceeded, Overloaded, TierlineError, Unreachable
+from models.serving.endpoint import Endpoint
+from models.serving.reply import Reply, ReplyParser
 
-MAX_RESPONSE_BYTES = 64 * 1024 * 1024
-"""Largest answer that is read, as large as the largest request our own server takes by default."""
-MAX_RESPONSE_HEAD_BYTES = 32 * 1024
-MAX_RESPONSE_HEADERS = 100
 MAX_WAITING = 1024
 """Calls that may wait for a free connection; more are refused at once."""
 _JOIN_BYTES = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, zero seconds
-
-
-class Reply(msgspec.Struct):
-    """A complete answer. `headers`: names in lower case."""
-
-    status: int
-    headers: dict[bytes, bytes]
-    body: bytes
 
 
 class StaleConnection(Unreachable):
@@ -49,14 +36,7 @@ class Connection(asyncio.Protocol):
         self.used = False
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[Reply] | None = None
-        self._raw: dict[bytes, bytes] = {}
-        self._body: list[bytes] = []
-        self._received = 0  # bytes of the answer under way
-        self._in_body = False
-        # httptools calls these as the containers' own methods want to be called.
-        self.on_header = self._raw.__setitem__
-        self.on_body = self._body.append
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser = ReplyParser(peer)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -94,54 +74,29 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # --- called by the transport and the parser --------------------------------------------------------------------------
+    # --- called by the transport -----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._waiter is None:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
             self.close()
             return
-        self._received += len(data)
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(Unreachable(f"{self._peer} did not answer in HTTP: {error}"))
+            reply = self._parser.feed(data)
+        except Unreachable as error:
+            self._fail(error)
             return
-        limit = MAX_RESPONSE_BYTES if self._in_body else MAX_RESPONSE_HEAD_BYTES + len(data)
-        if self._received > limit or len(self._raw) > MAX_RESPONSE_HEADERS:
-            self._fail(Unreachable(f"{self._peer} sent an answer above {limit} bytes"))
+        if reply is not None:
+            self.usable = self.usable and self._parser.keep_alive
+            waiter.set_result(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.usable = False
-        if self.used and not self._received:
+        if self.used and not self._parser.begun:
             self._fail(StaleConnection(f"{self._peer} closed the connection"))
         else:
             self._fail(Unreachable(f"{self._peer} closed the connection before it had answered"))
-        # The parser holds methods of this object: without this line every connection would be a cycle.
-        del self._parser
-
-    def on_headers_complete(self) -> None:
-        self._in_body = True
-
-    def on_message_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status < 200:
-            self._reset()
-            return
-        if not self._parser.should_keep_alive():
-            self.usable = False
-        reply = Reply(status, {name.lower(): value for name, value in self._raw.items()}, b"".join(self._body))
-        waiter = self._waiter
-        self._reset()
-        if waiter is None or waiter.done():
-            self.close()  # more answers than requests: nothing on this connection can be trusted
-        else:
-            waiter.set_result(reply)
-
-    def _reset(self) -> None:
-        self._raw.clear()
-        self._body.clear()
-        self._received = 0
-        self._in_body = False
+        self._parser.release()
 
     def _fail(self, error: TierlineError) -> None:
         self.close()
@@ -152,10 +107,9 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Kept connections to one server, at most `size` at once; who finds none free waits until the deadline."""
 
-    def __init__(self, host: str, port: int, *, size: int, connect_timeout: float) -> None:
-        self._host = host
-        self._port = port
-        self._peer = f"{host}:{port}"
+    def __init__(self, endpoint: Endpoint, *, size: int, connect_timeout: float) -> None:
+        self._endpoint = endpoint
+        self._peer = endpoint.peer
         self._connect_timeout = connect_timeout
         self._free = size
         self._idle: list[Connection] = []
@@ -163,9 +117,14 @@ class Pool:
         self._open = set[Connection]()
         self._closed = False
 
-    async def exchange(self, parts: list[bytes], deadline: float) -> Reply:
-        """One request, one answer. Raises DeadlineExceeded, Overloaded or Unreachable."""
+    async def exchange(self, parts: list[bytes], deadline: float, *, fresh: bool = False) -> Reply:
+        """One request, one answer. Raises DeadlineExceeded, Overloaded or Unreachable.
+
+        `fresh`: on a connection of its own, for a request that must not be sent twice: a kept one may turn out to be closed.
+        """
         async with self._permit(deadline):
+            if fresh:
+                return await self._on(await self._connect(deadline), parts, deadline)
             return await self.exchange_unbounded(parts, deadline)
 
     async def exchange_unbounded(self, parts: list[bytes], deadline: float) -> Reply:
@@ -209,7 +168,7 @@ class Pool:
             raise Unreachable(f"the client of {self._peer} is closed")
         loop = asyncio.get_running_loop()
         budget = min(self._connect_timeout, deadline - loop.time())
-        opening = loop.create_task(loop.create_connection(lambda: Connection(self._peer), self._host, self._port))
+        opening = loop.create_task(self._open_one(loop))
         try:
             await asyncio.wait((opening,), timeout=max(budget, 0.0))
         except asyncio.CancelledError:
@@ -226,6 +185,12 @@ class Pool:
         connection = opening.result()[1]
         self._open.add(connection)
         return connection
+
+    async def _open_one(self, loop: asyncio.AbstractEventLoop) -> tuple[asyncio.BaseTransport, Connection]:
+        at = self._endpoint
+        if at.path is not None:
+            return await loop.create_unix_connection(lambda: Connection(self._peer), at.path)
+        return await loop.create_connection(lambda: Connection(self._peer), at.host, at.port, ssl=at.tls)
 
     @asynccontextmanager
     async def _permit(self, deadline: float) -> AsyncIterator[None]:
@@ -268,13 +233,13 @@ def _expire(waiter: asyncio.Future[Reply] | asyncio.Future[None], peer: str) -> 
         waiter.set_exception(_late(peer))
 
 
-def _abandon(opening: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:
+def _abandon(opening: asyncio.Task[tuple[asyncio.BaseTransport, Connection]]) -> None:
     """Give up an attempt to connect; should it succeed all the same, close what it opened."""
     opening.cancel()
     opening.add_done_callback(_close_opened)
 
 
-def _close_opened(opening: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:
+def _close_opened(opening: asyncio.Task[tuple[asyncio.BaseTransport, Connection]]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result()[1].close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,139 @@ def test_an_unknown_output_is_a_callers_fault(client: triton.InferenceServerClie
     with pytest.raises(InferenceServerException, match="nothing") as caught:
         client.infer("scale", [ones], outputs=[triton.InferRequestedOutput("nothing")])
     assert str(caught.value.status()) == "400"
+
+
+COMPRESSED = [(sent, wanted) for sent in (None, "gzip", "deflate") for wanted in (None, "gzip", "deflate")][1:]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize(("sent", "wanted"), COMPRESSED)
+def test_bodies_are_compressed_both_ways(
+    client: triton.InferenceServerClient, sent: str | None, wanted: str | None, binary: bool
+) -> None:
+    values = np.arange(4000, dtype=np.float32).reshape(1000, 4)
+    answer = client.infer(
+        "scale",
+        [given("x", values, "FP32", binary=binary)],
+        outputs=[triton.InferRequestedOutput("y", binary_data=binary)],
+        model_version="1",
+        request_compression_algorithm=sent,
+        response_compression_algorithm=wanted,
+    )
+    assert np.array_equal(answer.as_numpy("y"), values * 2)
+
+
+def test_calls_in_parallel_get_their_own_answers(server: str) -> None:
+    with triton.InferenceServerClient(server, concurrency=8) as client:
+        calls = [
+            client.async_infer("scale", [given("x", np.full((1, 4), n, np.float32), "FP32", binary=True)], "1")
+            for n in range(64)
+        ]
+        assert [call.get_result().as_numpy("y")[0, 0] for call in calls] == [2 * n for n in range(64)]
+
+
+@pytest.fixture
+def control(client: triton.InferenceServerClient) -> Iterator[triton.InferenceServerClient]:
+    """A client of a server whose models are loaded and unloaded by its callers; `scale` is loaded again at the end."""
+    yield client
+    client.load_model("scale")
+
+
+def states(client: triton.InferenceServerClient) -> dict[tuple[str, str], str]:
+    return {(each["name"], each["version"]): each["state"] for each in client.get_model_repository_index()}
+
+
+def test_the_index_tells_every_version(client: triton.InferenceServerClient) -> None:
+    found = states(client)
+    assert found["sum", "1"] == found["scale", "1"] == found["scale", "2"] == "READY"
+
+
+def test_a_model_is_unloaded_and_loaded(control: triton.InferenceServerClient) -> None:
+    ones = given("x", np.ones((1, 4), np.float32), "FP32", binary=True)
+    control.unload_model("scale", unload_dependents=True)
+    assert not control.is_model_ready("scale")
+    assert states(control).get(("scale", "2")) != "READY"
+    with pytest.raises(InferenceServerException):
+        control.infer("scale", [ones])
+    control.load_model("scale")
+    control.load_model("scale")  # what is loaded is loaded again
+    assert control.is_model_ready("scale")
+    assert control.infer("scale", [ones]).as_numpy("y")[0, 0] == 3
+
+
+REFUSED: list[tuple[str, Callable[[triton.InferenceServerClient], object], str, str]] = [
+    ("load of none", lambda client: client.load_model("none"), "404", "none"),
+    ("unload of none", lambda client: client.unload_model("none"), "404", "none"),
+    ("config override", lambda client: client.load_model("scale", config="{}"), "400", "parameters.config"),
+    ("config of none", lambda client: client.get_model_config("none"), "404", "none"),
+    ("config of no version", lambda client: client.get_model_config("scale", "9"), "404", "9"),
+    ("statistics of none", lambda client: client.get_inference_statistics("none"), "404", "none"),
+    ("metadata of no version", lambda client: client.get_model_metadata("scale", "9"), "404", "9"),
+    ("log file", lambda client: client.update_log_settings({"log_file": "log.txt"}), "400", "log_file"),
+    ("log level", lambda client: client.update_log_settings({"log_verbose_level": "much"}), "400", "log_verbose_level"),
+    ("trace settings", lambda client: client.get_trace_settings(), "400", "trace"),
+    ("new trace settings", lambda client: client.update_trace_settings("scale", {"trace_rate": "1"}), "400", "trace"),
+    ("shared memory", lambda client: client.get_system_shared_memory_status(), "400", "shared memory"),
+    (
+        "shared memory region",
+        lambda client: client.register_system_shared_memory("r", "/r", 4),
+        "400",
+        "shared memory",
+    ),
+    ("end of shared memory", lambda client: client.unregister_system_shared_memory(), "400", "shared memory"),
+    ("CUDA memory", lambda client: client.get_cuda_shared_memory_status(), "400", "shared memory"),
+    ("CUDA region", lambda client: client.register_cuda_shared_memory("r", b"h", 0, 4), "400", "shared memory"),
+    ("end of CUDA memory", lambda client: client.unregister_cuda_shared_memory("r"), "400", "shared memory"),
+]
+
+
+@pytest.mark.parametrize(("call", "status", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_is_refused_is_refused_in_clear_words(
+    client: triton.InferenceServerClient,
+    call: Callable[[triton.InferenceServerClient], object],
+    status: str,
+    message: str,
+) -> None:
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        call(client)
+    assert str(caught.value.status()) == status
+
+
+def test_the_configuration_has_tritons_fields(client: triton.InferenceServerClient) -> None:
+    config = client.get_model_config("scale", "1")
+    assert config["name"] == "scale"
+    assert config["platform"]
+    assert "backend" in config
+
+
+def test_statistics_count_what_was_asked(client: triton.InferenceServerClient) -> None:
+    ones = given("x", np.ones((1, 4), np.float32), "FP32", binary=True)
+
+    def counted() -> dict[str, Any]:
+        (stats,) = client.get_inference_statistics("scale", "1")["model_stats"]
+        return dict(stats)
+
+    client.infer("scale", [ones], model_version="1")
+    before = counted()
+    for _ in range(3):
+        client.infer("scale", [ones], model_version="1")
+    after = counted()
+    assert (after["name"], after["version"]) == ("scale", "1")
+    assert after["inference_count"] - before["inference_count"] == 3
+    success = [stats["inference_stats"]["success"] for stats in (before, after)]
+    assert success[1]["count"] - success[0]["count"] == 3
+    assert success[1]["ns"] > success[0]["ns"]
+    names = {stats["name"] for stats in client.get_inference_statistics()["model_stats"]}
+    assert "scale" in names
+
+
+def test_log_settings_are_set_and_told(client: triton.InferenceServerClient) -> None:
+    before = client.get_log_settings()
+    try:
+        assert client.update_log_settings({"log_verbose_level": 1})["log_verbose_level"] == 1
+        assert client.get_log_settings() == {**before, "log_verbose_level": 1}
+    finally:
+        client.update_log_settings({"log_verbose_level": before["log_verbose_level"]})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from models.errors import InvalidRequest, NotReady, TierlineError, TooLarge
-from models.serving.caller import LOCAL_PEER, Peer
+from models.serving.caller import LOCAL_PEER
 from models.serving.drive import drive
 from models.serving.exchange import (
     JSON,
@@ -28,6 +28,8 @@ from models.serving.exchange import (
 )
 from models.serving.http.body import ArrivingBody, body_too_large, head_too_large
 from models.serving.http.file import read_pieces
+from models.serving.http.known import KnownHead
+from models.serving.http.peer import peer_of
 from models.serving.http.slot import Slot, answer_head, encode_answer, path_of_absolute, upgrade_head
 
 if TYPE_CHECKING:
@@ -39,9 +41,6 @@ LINGER_SECONDS = 2
 """How long a refused client may go on sending before it is cut off: closing at once would destroy the refusal on its way."""
 JOIN_BYTES = 64 * 1024
 """Answers up to this size are joined into one write; copying larger ones costs more than handing them over in parts."""
-MAX_KNOWN_BYTES = 64 * 1024
-"""Longest request whose head is remembered for the next one."""
-
 _IDLE, _HEAD, _BODY = range(3)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -62,10 +61,7 @@ class HttpConnection(asyncio.Protocol):
         self.on_body = self._parts.append
         self._parser = httptools.HttpRequestParser(self)
         self._peer = LOCAL_PEER
-        # The last request that came whole in one read: its head's bytes, what they said, and the length of its body.
-        self._known_bytes = b""
-        self._known: HttpHead | None = None
-        self._known_read = -1
+        self._known = KnownHead()
         self._completed: HttpRequest | None = None  # by this read alone
         self._whole = 0  # requests that this read completed
         self._upgrading = False
@@ -124,11 +120,10 @@ class HttpConnection(asyncio.Protocol):
             return
         idle = self._phase == _IDLE
         if idle:
-            known = self._known
-            if known is not None and len(data) == self._known_read and data.startswith(self._known_bytes):
-                # The same head again, to the byte, and its body: the parser would say the same.
+            known = self._known.match(data)
+            if known is not None:
                 self._feeding = True
-                self._admit(Slot(self, HttpRequest(known, data[len(self._known_bytes) :]), keep_alive=True))
+                self._admit(Slot(self, known, keep_alive=True))
                 self._feeding = False
                 self._flush()
                 return
@@ -155,22 +150,9 @@ class HttpConnection(asyncio.Protocol):
             if not self._deaf:
                 self._check_partial(len(data))
         elif idle and self._completed is not None:
-            self._learn(data, self._completed)
+            self._known.learn(data, self._completed)
+            self._completed = None
         self._flush()
-
-    def _learn(self, data: bytes, request: HttpRequest) -> None:
-        """`data` was one whole request: the next one may have the same head. Chunked bodies have no length in theirs."""
-        self._completed = None
-        headers, size = request.head.headers, len(request.body)
-        if b"transfer-encoding" in headers or b"connection" in headers or b"expect" in headers:
-            return
-        if (
-            len(data) <= MAX_KNOWN_BYTES
-            and data.endswith(request.body)
-            and int(headers.get(b"content-length", b"0")) == size
-        ):
-            self._known_bytes = data[: len(data) - size]
-            self._known, self._known_read = request.head, len(data)
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still read from its side, so it gets what it has asked for (RFC 9112 9.6)."""
@@ -316,6 +298,7 @@ class HttpConnection(asyncio.Protocol):
             closing = self._closes_after(slot)
             body = response.body
             if isinstance(body, Upgrade):
+                self._write(out, size)
                 self._upgrade(slot, response, body)
                 return
             if isinstance(body, FileBody):
@@ -484,15 +467,3 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
-
-
-def peer_of(transport: asyncio.BaseTransport) -> Peer:
-    """Who is at the other end: an address, and the name in the client's certificate when one was verified."""
-    name = transport.get_extra_info("peername")
-    address = str(name[0]) if isinstance(name, tuple) and name else "unix"
-    tls = transport.get_extra_info("ssl_object")
-    if tls is None:
-        return LOCAL_PEER if address == LOCAL_PEER.address else Peer(address)
-    subject = (tls.getpeercert() or {}).get("subject", ())
-    names = [value for part in subject for key, value in part if key == "commonName"]
-    return Peer(address, names[0] if names else None, encrypted=True)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx_writer import ELEMENT_TYPES, Node, OnnxWriter, Value, write_model
 
@@ -121,3 +123,82 @@ def test_a_failing_run_says_so_on_one_line(onnx_model: OnnxWriter) -> None:
     session._run = fail
     with pytest.raises(EngineFailure, match=r"^onnxruntime: first$"):
         session.run({"x": np.ones((1, 4), np.float32)}, ())
+
+
+def test_runs_that_never_end_are_stopped_and_the_session_lives_on(onnx_model: OnnxWriter) -> None:
+    session = load(onnx_model("endless"))
+    errors: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(EngineFailure) as caught:
+            session.run({"x": np.ones(4, np.float32)}, ())
+        errors.append(str(caught.value))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert session.stop()  # again, for a run that had not begun
+        threads[0].join(0.02)
+    assert errors == ["onnxruntime: the run was stopped"] * 2
+    with pytest.raises(EngineFailure, match=r"^onnxruntime: .*dimension"):
+        session.run({"x": np.ones(5, np.float32)}, ())
+
+
+def test_stopping_one_session_does_not_stop_another(onnx_model: OnnxWriter) -> None:
+    first, second = load(onnx_model("scale")), load(onnx_model("scale"))
+    flags = second._flags
+    first.stop()
+    assert not flags.terminate
+    assert first.run({"x": np.ones((1, 4), np.float32)}, ())[0].tolist() == [[2.0] * 4]
+
+
+def test_a_release_without_the_session_beneath_is_asked_through_the_public_one(onnx_model: OnnxWriter) -> None:
+    class Public:
+        def __init__(self, path: Path) -> None:
+            self._inner = onnxruntime.InferenceSession(str(path))
+            self.get_inputs, self.get_outputs, self.run = (
+                self._inner.get_inputs,
+                self._inner.get_outputs,
+                self._inner.run,
+            )
+
+    session = OnnxSession(Public(onnx_model("scale")))
+    assert session.run({"x": np.ones((1, 4), np.float32)}, ())[0].tolist() == [[2.0] * 4]
+    with pytest.raises(EngineFailure, match="0 inputs given, the model takes 1"):
+        session.run({}, ())
+
+
+def test_the_session_beneath_answers_what_the_public_one_does(onnx_model: OnnxWriter) -> None:
+    path = onnx_model("mlp")
+    public, session = onnxruntime.InferenceSession(str(path)), load(path)
+    assert session._run.__self__ is not public
+    assert session._run.__self__.__class__ is public._sess.__class__
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    assert session.run({"x": x}, ())[0].tobytes() == public.run(None, {"x": x})[0].tobytes()
+
+
+def test_a_tensor_that_the_protocol_cannot_carry_is_a_breach_naming_it(tmp_path: Path) -> None:
+    x, y = Value("x", "FP32", ["n"]), Value("y", "FP32", ["n"])
+    path = write_model(tmp_path / "m.onnx", [Node("SequenceConstruct", ["x"], ["y"])], [x], [y])
+    path.write_bytes(sequence_output(path.read_bytes()))
+    with pytest.raises(
+        ContractBreach, match=r"'y' is a seq\(tensor\(float\)\), which the Open Inference Protocol cannot carry"
+    ):
+        load(path)
+
+
+def sequence_output(model: bytes) -> bytes:
+    """The same model whose output `y`, a tensor of floats in the file, is typed as a sequence of them."""
+    tensor = b"\x0a\x09\x08\x01\x12\x05\x0a\x03\x12\x01n"
+    old = b"\x62\x10\x0a\x01y\x12\x0b" + tensor
+    assert old in model
+    sequence = b"\x22\x0d\x0a\x0b" + tensor
+    new = b"\x62\x14\x0a\x01y\x12\x0f" + sequence
+    return grown(model.replace(old, new), 4)
+
+
+def grown(model: bytes, by: int) -> bytes:
+    """The model with the length of its graph, one byte at offset 3, raised."""
+    assert model[2] == 0x3A
+    return model[:3] + bytes([model[3] + by]) + model[4:]

@@ -11,6 +11,7 @@ from session_fake import FakeSession, loaded
 
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotFound, NotReady, Overloaded
 from models.manifest import Confidence
+from models.serving.batching import Batching
 from models.serving.loaded import Identity, Loaded
 from models.serving.local import Local
 from models.serving.predictor import InferRequest
@@ -89,7 +90,6 @@ GOOD: Mapping[str, Any] = {"a": ROW, "b": np.ones(1, np.int64)}
         ({**GOOD, "a": np.ones(2, np.float32)}, r"input 'a': expected shape \[-1, 2\], got \[2\]"),
         ({**GOOD, "a": np.ones((1, 1, 2), np.float32)}, "input 'a': expected shape"),
         ({**GOOD, "b": np.array(1, np.int64)}, r"input 'b': expected shape \[-1\], got \[\]"),
-        ({**GOOD, "a": np.ones((0, 2), np.float32)}, r"input 'a': shape \[0, 2\] has no elements"),
         ({**GOOD, "b": np.ones(3, np.int64)}, "input 'b': has 3 rows, another input has 1"),
     ],
 )
@@ -97,11 +97,25 @@ async def test_bad_input_is_refused_naming_it_and_never_reaches_the_engine(
     repository: Repository, local: Local, inputs: dict[str, Any], reason: str
 ) -> None:
     session = FakeSession(inputs=(A, B))
-    repository.install({"m": {"1": loaded(session, inline=True)}})
+    made = loaded(session, inline=True)
+    made.batching = Batching(8, "")
+    repository.install({"m": {"1": made}})
     with pytest.raises(InvalidRequest, match=reason):
         await local.infer(request(inputs=inputs))
     assert session.asked == []
     await local.infer(request(inputs=GOOD))
+
+
+async def test_an_empty_tensor_is_for_the_engine_to_judge(repository: Repository, local: Local) -> None:
+    repository.install({"m": {"1": loaded(FakeSession(), inline=True)}})
+    answer = await local.infer(request(inputs={"x": np.ones((0, 2), np.float32)}))
+    assert answer.outputs["y"].shape == (0, 2)
+
+
+async def test_inputs_may_differ_in_size_where_rows_are_not_run_together(repository: Repository, local: Local) -> None:
+    repository.install({"m": {"1": loaded(FakeSession(inputs=(A, B)), inline=True)}})
+    answer = await local.infer(request(inputs={"a": ROW, "b": np.ones(3, np.int64)}))
+    assert answer.version == "1"
 
 
 async def test_fixed_sizes_are_checked(repository: Repository, local: Local) -> None:

@@ -28,8 +28,8 @@ from models.serving.http.server import serve_http
 from models.serving.plane import DataPlane
 from models.serving.predictor import InferRequest
 from models.serving.remote import Remote
+from models.serving.reply import MAX_RESPONSE_HEAD_BYTES
 from models.serving.rest import RestHandler
-from models.serving.wire import MAX_RESPONSE_HEAD_BYTES
 from models.testing import FailingPredictor, SlowPredictor, StaticPredictor
 
 X = {"x": np.arange(3, dtype=np.float32)}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Probes pass without a child, and are counted: the child has its own tests."""
     asked: list[object] = []
 
-    async def passes(request: object) -> Verdict:
-        asked.append(request)
-        return Verdict(True)
+    async def pass_all(requests: Sequence[object]) -> list[Verdict]:
+        asked.extend(requests)
+        return [Verdict(True) for _ in requests]
 
-    monkeypatch.setattr("models.serving.repository.probe", passes)
+    monkeypatch.setattr("models.serving.verdicts.probe_files", pass_all)
     return asked
 
 
@@ -188,7 +188,7 @@ async def test_a_package_without_a_variant_for_this_node_is_refused_when_planned
 async def test_discarding_closes_what_was_loaded(repository: Repository, tmp_path: Path, probes: list[object]) -> None:
     token = await repository.prepare(*desired_body(m=scale_package(tmp_path, 2.0)))
     assert isinstance(token, Prepared)
-    session = token.fresh[0].session
+    session = token.fresh[0].loaded.session
     await repository.discard(token)
     await repository.discard(token)
     await repository.close()

@@ -1,0 +1,1 @@
+"""Who may ask and how much: tokens, client certificates, tenants, TLS. Implements `models.serving.caller.Access`."""
