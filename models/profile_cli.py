@@ -59,7 +59,9 @@ def describe(name: str, version: str, loaded: Loaded) -> dict[str, object]:
 
 
 def as_text(facts: dict[str, object]) -> str:
-    took = f"{facts['row_us']} us for one row" if facts["row_us"] is not None else "not measured: blank inputs are refused"
+    took = (
+        f"{facts['row_us']} us for one row" if facts["row_us"] is not None else "not measured: blank inputs are refused"
+    )
     where = (
         f"the event loop, up to {facts['event_loop_rows']} rows ({INLINE_SECONDS * 1e3:g} ms); more go to engine threads"
         if facts["event_loop_rows"]

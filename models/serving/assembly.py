@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from models.serving.access.checked import CheckedAccess
-    from models.serving.grpc.server import GrpcTls
     from models.serving.jobs.desk import Jobs
 
 MEGABYTE = 1 << 20
@@ -170,7 +169,9 @@ async def serving(
             from models.serving.grpc.server import serve_grpc
 
             grpc = await stack.enter_async_context(
-                serve_grpc(plane, host=listening.host, port=listening.grpc_port, tls=_grpc_tls(listening.tls))
+                serve_grpc(
+                    plane, host=listening.host, port=listening.grpc_port, credentials=_grpc_credentials(listening.tls)
+                )
             )
             addresses["grpc"] = grpc.url
         if listening.metrics_port is not None:
@@ -274,14 +275,10 @@ def _server_context(tls: Tls | None) -> SSLContext | None:
     return server_context(Path(tls.cert), Path(tls.key), client_ca, client_required=tls.client_required)
 
 
-def _grpc_tls(tls: Tls | None) -> GrpcTls | None:
+def _grpc_credentials(tls: Tls | None) -> Callable[[], Any] | None:
     if tls is None:
         return None
-    from models.serving.grpc.server import GrpcTls
+    from models.serving.access.tls import grpc_credentials
 
-    return GrpcTls(
-        Path(tls.cert).read_bytes(),
-        Path(tls.key).read_bytes(),
-        None if tls.client_ca is None else Path(tls.client_ca).read_bytes(),
-        tls.client_required,
-    )
+    client_ca = None if tls.client_ca is None else Path(tls.client_ca)
+    return partial(grpc_credentials, Path(tls.cert), Path(tls.key), client_ca, client_required=tls.client_required)

@@ -103,7 +103,7 @@ def grpc_credentials(cert: Path, key: Path, client_ca: Path | None = None, *, cl
     try:
         grpc = import_module("grpc")
     except ModuleNotFoundError as error:
-        raise InvalidAccess("gRPC needs grpcio: pip install 'tierline[edge]'") from error
+        raise InvalidAccess("gRPC needs grpcio: pip install 'tierline[grpc]'") from error
 
     # OpenSSL checks here what gRPC's own TLS would only report to the clients, one by one.
     _context(cert, key, client_ca, client_required)

@@ -8,7 +8,7 @@ grpc and protobuf are imported when a port is opened, in a thread: it takes a wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import Any
@@ -34,16 +34,6 @@ LEAST_PING_SECONDS = 10
 """A client that pings more often than this is cut off."""
 
 
-class GrpcTls(msgspec.Struct, frozen=True):
-    """PEM. `client_ca`: who signs clients' certificates. `client_required`: a client without one is refused; where it may do
-    without, none is asked for, because grpc has no way to leave it to the client."""
-
-    certificate: bytes
-    key: bytes
-    client_ca: bytes | None = None
-    client_required: bool = False
-
-
 class GrpcServer(msgspec.Struct, frozen=True):
     """Where a server listens."""
 
@@ -57,19 +47,21 @@ async def serve_grpc(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
-    tls: GrpcTls | None = None,
+    credentials: Callable[[], Any] | None = None,
     drain_seconds: float = 5.0,
 ) -> AsyncIterator[GrpcServer]:
     """Serve `plane`, which belongs to the running loop, while the context lasts. `port` 0 = chosen by the system.
+
+    `credentials`: makes the `grpc.ServerCredentials` (`models.serving.access.tls.grpc_credentials`), None = not encrypted.
 
     On leaving: stops accepting, lets calls finish for up to `drain_seconds`, then cancels them. Raises OSError when it cannot
     listen, and ImportError, saying what to install.
     """
     await asyncio.to_thread(_import)
-    server, bound = _open(plane, host, port, tls)
+    server, bound = _open(plane, host, port, credentials)
     await server.start()
     try:
-        scheme = "grpc" if tls is None else "grpcs"
+        scheme = "grpc" if credentials is None else "grpcs"
         yield GrpcServer(f"{scheme}://{_authority(host, bound)}", bound)
     finally:
         await server.stop(drain_seconds)
@@ -82,14 +74,14 @@ def _import() -> None:
         raise ImportError(f"gRPC needs grpcio and protobuf: pip install 'tierline[grpc]' ({error})") from error
 
 
-def _open(plane: DataPlane, host: str, port: int, tls: GrpcTls | None) -> tuple[Any, int]:
+def _open(plane: DataPlane, host: str, port: int, credentials: Callable[[], Any] | None) -> tuple[Any, int]:
     """A server that listens, and its port."""
     import grpc.aio  # type: ignore[import-untyped]
 
     from models.serving.grpc.servicer import SERVICE, Servicer
     from models.serving.grpc.stream import StreamServicer
 
-    servicer = Servicer(plane, encrypted=tls is not None)
+    servicer = Servicer(plane, encrypted=credentials is not None)
     methods = {name: grpc.unary_unary_rpc_method_handler(act) for name, act in servicer.handlers().items()}
     methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(StreamServicer(servicer).infer)
     server = grpc.aio.server(
@@ -99,21 +91,15 @@ def _open(plane: DataPlane, host: str, port: int, tls: GrpcTls | None) -> tuple[
     )
     address = _authority(host, port)
     try:
-        if tls is None:
+        if credentials is None:
             return server, server.add_insecure_port(address)
-        return server, server.add_secure_port(address, _credentials(grpc, tls))
+        return server, server.add_secure_port(address, credentials())
     except RuntimeError as error:
         raise OSError(f"cannot listen on {host} port {port} for gRPC: {error}") from error
 
 
 def _authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _credentials(grpc: Any, tls: GrpcTls) -> Any:
-    return grpc.ssl_server_credentials(
-        ((tls.key, tls.certificate),), root_certificates=tls.client_ca, require_client_auth=tls.client_required
-    )
 
 
 def _options() -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,15 @@ class Server:
         encrypted = await stack.enter_async_context(serve_http(handler, tls=mutual, drain_seconds=0.1))
         self.url = {"http": plain.url, "unix": f"unix://{self.socket}", "https": encrypted.url}
         with suppress(ImportError):
-            from models.serving.grpc.server import GrpcTls, serve_grpc
+            from models.serving.access.tls import grpc_credentials
+            from models.serving.grpc.server import serve_grpc
 
-            pem = {name: path.read_bytes() for name, path in self.files.items()}
-            tls = GrpcTls(pem["server"], pem["server"], pem["ca"], client_required=True)
+            server = self.files["server"]
+            credentials = partial(grpc_credentials, server, server, self.files["ca"])
             open_port = await stack.enter_async_context(serve_grpc(self.plane, drain_seconds=0.1))
-            tls_port = await stack.enter_async_context(serve_grpc(self.plane, tls=tls, drain_seconds=0.1))
+            tls_port = await stack.enter_async_context(
+                serve_grpc(self.plane, credentials=credentials, drain_seconds=0.1)
+            )
             self.url |= {"grpc": open_port.url, "grpcs": tls_port.url}
         return stack
 

@@ -131,7 +131,7 @@ BAD: dict[str, Callable[[AccessWriter], str]] = {
     "exp before iat": lambda w: w.token(iat=NOW + 20, exp=NOW + 10),
     "future iat": lambda w: w.token(iat=NOW + 3600, exp=NOW + 7200),
     "future nbf": lambda w: w.token(nbf=NOW + 3600),
-    "lives too long": lambda w: w.token(exp=NOW + int(MAX_LIFETIME_SECONDS) + 60),
+    "lives too long": lambda w: w.token(iat=NOW, exp=NOW + int(MAX_LIFETIME_SECONDS) + 60),
     "models no list": lambda w: w.token(models="*"),
     "models with a number": lambda w: w.token(models=["a", 1]),
     "too many models": lambda w: w.token(models=["a"] * 65),

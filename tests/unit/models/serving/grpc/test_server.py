@@ -7,6 +7,8 @@ import datetime
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,8 +30,9 @@ from models.errors import (
     TierlineError,
     Unauthenticated,
 )
+from models.serving.access.tls import grpc_credentials
 from models.serving.caller import Caller, Peer
-from models.serving.grpc import GrpcServer, GrpcTls, serve_grpc
+from models.serving.grpc import GrpcServer, serve_grpc
 from models.serving.grpc import inference_pb2 as pb
 from models.serving.grpc.server import MAX_MESSAGE_BYTES
 from models.serving.grpc.servicer import MAX_CALL_BYTES, MAX_DETAILS, SERVICE
@@ -384,7 +387,7 @@ def pem(made: tuple[Any, Any]) -> tuple[bytes, bytes]:
     return made[0].public_bytes(serialization.Encoding.PEM), made[1].private_bytes(*form)
 
 
-async def test_over_tls_the_name_in_the_clients_certificate_is_who_asks() -> None:
+async def test_over_tls_the_name_in_the_clients_certificate_is_who_asks(tmp_path: Path) -> None:
     authority = certificate("authority")
     ca = pem(authority)[0]
     cert, key = pem(certificate("localhost", authority))
@@ -393,7 +396,10 @@ async def test_over_tls_the_name_in_the_clients_certificate_is_who_asks() -> Non
     plane = DataPlane(StaticPredictor(ANSWER), Index(), ready=lambda: True, access=access)
     known = grpc.ssl_channel_credentials(ca, their_key, theirs)
     unknown = grpc.ssl_channel_credentials(ca)
-    async with serve_grpc(plane, tls=GrpcTls(cert, key, ca, client_required=True)) as server:
+    files = [tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem")]
+    for file, content in zip(files, (cert, key, ca), strict=True):
+        file.write_bytes(content)
+    async with serve_grpc(plane, credentials=partial(grpc_credentials, *files)) as server:
         assert server.url.startswith("grpcs://")
         async with grpc.aio.secure_channel(f"localhost:{server.port}", known) as channel:
             await Client(channel).call("ModelInfer", asking(), token="user")
