@@ -106,7 +106,7 @@ def _same(one: Array, many: Array) -> bool:
         return False
     if one.dtype.kind != "f":
         return bool(np.array_equal(one, many))
-    scale = float(np.max(np.abs(one), initial=1e-6))
+    scale = float(np.max(np.abs(one[np.isfinite(one)]), initial=1e-6))
     return bool(np.allclose(one, many, rtol=_TOLERANCE, atol=_TOLERANCE * scale, equal_nan=True))
 
 

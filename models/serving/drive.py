@@ -193,7 +193,12 @@ def drive(coroutine: Coroutine[Any, Any, T], done: Done[T], loop: asyncio.Abstra
         done(None, error)
         return None
     driven = Driven(coroutine, done, loop)
-    driven._wait(waiting)
+    if type(waiting) is Parked:
+        waiting._asyncio_future_blocking = False
+        waiting._resume = driven._step
+        driven._parked = waiting
+    else:
+        driven._wait(waiting)
     return driven
 
 

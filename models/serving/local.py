@@ -73,7 +73,7 @@ class Local:
         loaded.used = now = self._clock()
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded(f"the deadline of this request for '{request.model}' had passed before it was run")
-        names = _wanted(loaded, request.outputs)
+        names = _wanted(loaded, request.outputs) if request.outputs else loaded.output_names
         if not loaded.runs_here(elements):
             run = await self._in_pool(loaded, request, names, rows, now)
         elif self._turn.at_once(loaded, rows):
@@ -126,7 +126,7 @@ class Local:
             log.warning("%s is no longer run in the event loop: its cost is in the values", loaded.identity)
         elif allowed:
             loaded.inline_elements = allowed
-        self._end(loaded, 1)
+        self._end(loaded)
 
     # --- runs that others make: the end of the turn, or a thread ---------------------------------------------------------
 
@@ -141,7 +141,6 @@ class Local:
         )
         loaded.acquire()
         self._under_way += 1
-        ticket.parked.on_cancel = ticket.leave
         return ticket
 
     async def _in_pool(self, loaded: Loaded, request: InferRequest, names: Sequence[str], rows: int, now: float) -> Run:
@@ -152,7 +151,7 @@ class Local:
         try:
             self.pool.submit(ticket)
         except TierlineError:
-            self._end(loaded, 1)
+            self._end(loaded)
             loaded.in_threads -= 1
             raise
         parked.on_cancel = lambda: self._drop(ticket)
@@ -180,10 +179,11 @@ class Local:
                 self._give(tickets[0], outcome)
                 return
             start = 0
+            outputs, started, ended, rows = outcome.outputs, outcome.started, outcome.ended, outcome.rows
             for ticket in tickets:
                 stop = start + ticket.rows
-                outputs = [array[start:stop] for array in outcome.outputs]
-                self._give(ticket, Run(outputs, outcome.started, outcome.ended, outcome.rows))
+                self._ended(ticket)
+                ticket.parked.give(Run([array[start:stop] for array in outputs], started, ended, rows))
                 start = stop
         elif isinstance(outcome, TierlineError):
             for ticket in tickets:
@@ -217,13 +217,14 @@ class Local:
             ticket.parked.fail(outcome)
 
     def _ended(self, ticket: Ticket) -> None:
-        ticket.parked.on_cancel = None  # else the two keep each other, and the version, until the next full collection
         if ticket.threaded:
             ticket.loaded.in_threads -= 1
-        self._end(ticket.loaded, 1)
+            # Else the two keep each other, and the version, until the next full collection.
+            ticket.parked.on_cancel = None
+        self._end(ticket.loaded)
 
-    def _end(self, loaded: Loaded, runs: int) -> None:
-        self._under_way -= runs
+    def _end(self, loaded: Loaded) -> None:
+        self._under_way -= 1
         if self._under_way == 0:
             self._idle.set()
         loaded.release()

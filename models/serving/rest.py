@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from functools import lru_cache
 from math import isfinite
+from typing import Any
 
 import msgspec
 
 from models.errors import InvalidRequest, MethodNotAllowed, TierlineError, TryAgain, UnsupportedEncoding
 from models.serving.caller import Caller
-from models.serving.codec import MAX_JSON_BYTES, Heads, decode_request, encode_response
+from models.serving.codec import MAX_JSON_BYTES, Heads, OutputForm, decode_request, encode_response
 from models.serving.exchange import (
     JSON,
     OCTETS,
@@ -28,6 +30,7 @@ from models.serving.exchange import (
     error_response,
 )
 from models.serving.plane import DataPlane
+from models.serving.predictor import InferRequest, InferResponse
 from models.serving.rest_body import MAX_EXPANDED_BYTES, Expander, accepted_coding, content_coding, pack
 from models.serving.rest_routes import INFER, find_route
 
@@ -77,23 +80,27 @@ class RestHandler:
         self._heads: Heads = {}
         self._expander = Expander()
 
-    async def __call__(self, request: HttpRequest) -> HttpResponse:
+    def __call__(self, request: HttpRequest) -> Coroutine[Any, Any, HttpResponse]:
+        plan = request.head.memo
+        if plan is not None and plan.revision == self._access.revision:
+            now = time.monotonic()
+            if now < plan.expires and not plan.coded:
+                # The coroutine itself, not one around it: a layer costs every request.
+                return self._answer(request, plan, now)
+        return self._other(request)
+
+    async def _answer(self, request: HttpRequest, plan: InferPlan, now: float) -> HttpResponse:
         try:
-            plan = request.head.memo
-            if plan is not None and plan.revision == self._access.revision:
-                now = time.monotonic()
-                if now < plan.expires:
-                    if plan.coded:
-                        return await self._infer_coded(request.body, plan, now)
-                    return await self._infer(request.body, plan, now)
+            inference, form = self._decode(request.body, plan, now)
+            return self._encode(await self._predictor.infer(inference), form, inference.id)
+        except Exception as error:  # noqa: BLE001 - becomes the answer
+            return _failed(request, error)
+
+    async def _other(self, request: HttpRequest) -> HttpResponse:
+        try:
             return await self._first(request)
-        except TierlineError as error:
-            if error.http >= 500 and not isinstance(error, TryAgain):
-                log.exception("%s failed", request.path)
-            return error_response(error)
-        except Exception:
-            log.exception("%s failed unexpectedly", request.path)
-            return HttpResponse(500, JSON, error_body("internal error"))
+        except Exception as error:  # noqa: BLE001 - becomes the answer
+            return _failed(request, error)
 
     async def _first(self, request: HttpRequest) -> HttpResponse:
         head = request.head
@@ -130,7 +137,11 @@ class RestHandler:
         return answer if plan.accepted is None else await pack(answer, plan.accepted)
 
     async def _infer(self, body: bytes, plan: InferPlan, now: float) -> HttpResponse:
-        inference, form = decode_request(
+        inference, form = self._decode(body, plan, now)
+        return self._encode(await self._predictor.infer(inference), form, inference.id)
+
+    def _decode(self, body: bytes, plan: InferPlan, now: float) -> tuple[InferRequest, OutputForm]:
+        return decode_request(
             body,
             plan.header_length,
             model=plan.model,
@@ -141,14 +152,28 @@ class RestHandler:
             client=plan.client,
             heads=self._heads,
         )
-        answer = await self._predictor.infer(inference)
-        parts, header_length = encode_response(answer, form, inference.id)
-        headers = (
-            JSON if header_length is None else b"%binference-header-content-length: %d\r\n" % (OCTETS, header_length)
-        )
+
+    def _encode(self, answer: InferResponse, form: OutputForm, request_id: str | None) -> HttpResponse:
+        parts, header_length = encode_response(answer, form, request_id)
+        headers = JSON if header_length is None else binary_headers(header_length)
         if answer.trace is not None:
             headers = b"%btraceparent: %b\r\n" % (headers, answer.trace.encode())
         return HttpResponse(200, headers, parts)
+
+
+@lru_cache(maxsize=1024)
+def binary_headers(header_length: int) -> bytes:
+    """Of an answer whose JSON part is so long."""
+    return b"%binference-header-content-length: %d\r\n" % (OCTETS, header_length)
+
+
+def _failed(request: HttpRequest, error: Exception) -> HttpResponse:
+    if isinstance(error, TierlineError):
+        if error.http >= 500 and not isinstance(error, TryAgain):
+            log.error("%s failed", request.path, exc_info=error)
+        return error_response(error)
+    log.error("%s failed unexpectedly", request.path, exc_info=error)
+    return HttpResponse(500, JSON, error_body("internal error"))
 
 
 def _plan(head: HttpHead, model: str, version: str | None, caller: Caller, revision: int) -> InferPlan:

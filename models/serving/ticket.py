@@ -67,6 +67,3 @@ class Ticket:
         self.gone = False
         self.taken = False
         self.threaded = False
-
-    def leave(self) -> None:
-        self.gone = True

@@ -47,7 +47,8 @@ class Turn:
 
     def gather(self, ticket: Ticket) -> None:
         """Run `ticket` at the end of this turn of the loop."""
-        self._end_soon()
+        if not self._ending:
+            self._end_soon()
         group = (ticket.loaded, ticket.names, ticket.key)
         waiting = self._pending.get(group)
         if waiting is None:
@@ -107,8 +108,8 @@ class Turn:
 
     def _run_batch(self, tickets: list[Ticket], now: float) -> None:
         # Sorted: when the first is in time, all are.
-        if tickets[0].deadline < now or any(ticket.gone for ticket in tickets):
-            late = [ticket for ticket in tickets if ticket.deadline < now or ticket.gone]
+        if tickets[0].deadline < now or any(ticket.parked.done() for ticket in tickets):
+            late = [ticket for ticket in tickets if ticket.deadline < now or ticket.parked.done()]
             error = DeadlineExceeded(f"'{tickets[0].loaded.identity}' was not reached within the deadline")
             self._landed(late, error)
             tickets = [ticket for ticket in tickets if ticket not in late]

@@ -123,9 +123,11 @@ class HttpConnection(asyncio.Protocol):
             known = self._known.match(data)
             if known is not None:
                 self._feeding = True
-                self._admit(Slot(self, known, keep_alive=True))
+                slot = Slot(self, known, keep_alive=True)
+                self._admit(slot)
                 self._feeding = False
-                self._flush()
+                if slot.response is not None or len(self._order) > 1:
+                    self._flush()
                 return
             self._phase = _HEAD
             self._since = self._service.seconds
