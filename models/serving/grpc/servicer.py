@@ -51,7 +51,10 @@ class Servicer:
         try:
             said = self.read(context)
             asked = self.decode(data)
-            return encode_response(await self.answer(asked, self.peer(context), said, context), asked.id)
+            answer = await self.answer(asked, self.peer(context), said, context)
+            if answer.trace is not None:
+                await context.send_initial_metadata((("traceparent", answer.trace),))
+            return encode_response(answer, asked.id)
         except Exception as error:  # noqa: BLE001 - told to the caller
             await refuse(context, error, "ModelInfer")
 

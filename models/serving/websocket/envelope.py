@@ -54,6 +54,7 @@ class _Answer(msgspec.Struct, omit_defaults=True):
     id: str
     response: msgspec.Raw = msgspec.Raw()
     header_length: int | None = None
+    traceparent: str | None = None
 
 
 _DECODER = msgspec.json.Decoder(Envelope)
@@ -84,14 +85,16 @@ def read_binary(data: bytes) -> tuple[Envelope, bytes]:
     return envelope, data[end:]
 
 
-def answer_text(request_id: str, body: Sequence[bytes]) -> bytes:
+def answer_text(request_id: str, body: Sequence[bytes], trace: str | None = None) -> bytes:
     """An answer without binary tensors, `body` as `encode_response` gives it."""
-    return _ENCODER.encode(_Answer("answer", request_id, response=msgspec.Raw(b"".join(body))))
+    return _ENCODER.encode(_Answer("answer", request_id, response=msgspec.Raw(b"".join(body)), traceparent=trace))
 
 
-def answer_binary(request_id: str, body: Sequence[bytes], header_length: int | None) -> bytes:
+def answer_binary(
+    request_id: str, body: Sequence[bytes], header_length: int | None, trace: str | None = None
+) -> bytes:
     """An answer as a binary message, `body` and `header_length` as `encode_response` gives them."""
-    envelope = _ENCODER.encode(_Answer("answer", request_id, header_length=header_length))
+    envelope = _ENCODER.encode(_Answer("answer", request_id, header_length=header_length, traceparent=trace))
     return b"".join((_LENGTH.pack(len(envelope)), envelope, *body))
 
 

@@ -213,9 +213,9 @@ class Session(asyncio.Protocol):
                 error = failed
             else:
                 if call.binary or header_length is not None:
-                    self._send(answer_binary(call.request_id, body, header_length), binary=True)
+                    self._send(answer_binary(call.request_id, body, header_length, answer.trace), binary=True)
                 else:
-                    self._send(answer_text(call.request_id, body))
+                    self._send(answer_text(call.request_id, body, answer.trace))
         if error is not None:
             self._send(_refusal(call.request_id, error))
         if self._queue or self._draining:
