@@ -145,6 +145,7 @@ class Driven(Generic[T]):
             self._step()
 
     def _step(self) -> None:
+        self._parked = None
         try:
             waiting = self._coroutine.send(None)
         except StopIteration as stop:

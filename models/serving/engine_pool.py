@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -100,7 +100,8 @@ class EnginePool:
         for worker in tuple(self._workers.values()):
             loaded = worker.running
             if loaded is not None:
-                loaded.stopped = True
+                worker.stopped = True
+                loaded.stops += 1
                 loaded.session.stop()
 
     # --- the threads -----------------------------------------------------------------------------------------------------
@@ -132,13 +133,16 @@ class EnginePool:
             if late:
                 self._tell(late, DeadlineExceeded(f"'{first.loaded.identity}' was not reached within the deadline"))
             if live:
-                self._tell(live, run_together(live, self._clock))
+                self._tell(live, run_together(live, self._clock, worker))
+            took = self._clock() - worker.since
             with self._turn:
                 worker.running = None
-                first.loaded.stopped = False
-                self._queue.ended(first)
+                self._queue.ended(first, took if live else 0.0)
                 self._turn.notify()
                 if worker.lost:
+                    # It came back after all.
+                    first.loaded.stuck = False
+                    self._lost -= 1
                     return
 
     def _next(self, worker: _Worker) -> list[Ticket] | None:
@@ -190,7 +194,8 @@ class EnginePool:
             busy = True
             over = now - worker.since - loaded.max_run_seconds
             if over > 0 and not worker.stopped:
-                worker.stopped = loaded.stopped = True
+                worker.stopped = True
+                loaded.stops += 1
                 stopped = loaded.session.stop()
                 log.warning("%s ran for more than %g s: %s", loaded.identity, loaded.max_run_seconds,
                             "stopped" if stopped else "it cannot be stopped")  # fmt: skip
@@ -221,31 +226,43 @@ class _Worker:
         self.lost = False
 
 
-def run_together(tickets: list[Ticket], clock: Callable[[], float]) -> Run | TierlineError | list[Run | TierlineError]:
-    """In any thread: one run for all of them; one by one when that fails, so that a bad request never fails its neighbours."""
+def run_together(
+    tickets: list[Ticket], clock: Callable[[], float], worker: _Worker | None = None
+) -> Run | TierlineError | list[Run | TierlineError]:
+    """One run for all of them; one by one when that fails, so that a bad request never fails its neighbours.
+
+    `worker`: whose thread this is, None = the event loop's.
+    """
     first = tickets[0]
     if len(tickets) == 1:
-        return run_one(first.loaded, first.inputs, first.names, clock)
+        return run_one(first, clock, worker)
     try:
         start = clock()
         outputs = first.loaded.session.run(concatenated(tickets), first.names)
         return Run(outputs, start, clock(), sum(ticket.rows for ticket in tickets))
-    except Exception:  # noqa: BLE001 - whatever it was, each alone will tell
-        return [run_one(ticket.loaded, ticket.inputs, ticket.names, clock) for ticket in tickets]
+    except Exception as error:  # noqa: BLE001 - whatever it was, each alone will tell
+        if worker is None and first.loaded.inline_elements == 0:
+            # It was stopped because it held the loop: each alone would hold it again.
+            return EngineFailure(f"the run was stopped: {error}")
+        return [run_one(ticket, clock, worker) for ticket in tickets]
 
 
-def run_one(
-    loaded: Loaded, inputs: Mapping[str, Array], names: Sequence[str], clock: Callable[[], float]
-) -> Run | TierlineError:
+def run_one(ticket: Ticket, clock: Callable[[], float], worker: _Worker | None) -> Run | TierlineError:
+    loaded = ticket.loaded
+    stops = loaded.stops
     start = clock()
     try:
         try:
-            return Run(loaded.session.run(inputs, names), start, clock())
+            return Run(loaded.session.run(ticket.inputs, ticket.names), start, clock())
         except EngineFailure as error:
-            if loaded.stopped:
-                return EngineFailure(f"the run was stopped after {loaded.max_run_seconds:g} s")
-            loaded.refuse(error)
-            return error
+            if loaded.stops == stops:
+                loaded.refuse(error)
+                return error
+            if worker is None or worker.stopped:
+                return EngineFailure(f"the run was stopped after {clock() - start:.1f} s")
+        # Another run of this session was stopped, and this one with it: it has its time again.
+        worker.since = clock()
+        return Run(loaded.session.run(ticket.inputs, ticket.names), start, clock())
     except TierlineError as error:
         return error
     except Exception as error:

@@ -65,15 +65,15 @@ class Loaded:
     `in_flight`: runs that were asked for and are not over; `in_threads`: those of other threads. `pace`: seconds that a row
     takes, as lately seen. `batching`: how many rows may be run together, and why. `fresh_shapes`: whether rows may differ in
     shape. `alone`: turns of the loop in a row that brought one request; `turn`: the last one that did. `max_run_seconds`: a
-    run that takes longer is stopped; `stopped`: one is being
-    stopped; `stuck`: one could not be. `used`: when it was last asked, monotonic seconds.
+    run that takes longer is stopped; `stops`: how
+    often that was done; `stuck`: one could not be. `used`: when it was last asked, monotonic seconds.
     """
 
     __slots__ = (
         "_sample", "_sample_due", "_sample_runs", "alone", "answers", "batching", "clean", "confidence", "expected",
         "failures", "fresh_shapes", "identity", "in_flight", "in_threads", "inline_elements", "inputs", "max_run_seconds",
         "on_idle", "output_names", "outputs", "pace", "retired", "row_elements", "seconds", "serial", "session",
-        "stopped", "stuck", "turn", "used",
+        "stops", "stuck", "turn", "used",
     )  # fmt: skip
 
     def __init__(
@@ -113,7 +113,8 @@ class Loaded:
         self.alone = 0
         self.turn = -1
         self.used = 0.0
-        self.stuck = self.stopped = False
+        self.stuck = False
+        self.stops = 0
         self.max_run_seconds = max_run_seconds
         self._sample = sample
         self._sample_due = 0.0

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, TierlineError
 from models.manifest import confidence_of
 from models.serving.drive import Parked
-from models.serving.engine_pool import EnginePool
+from models.serving.engine_pool import EnginePool, concatenated
 from models.serving.loaded import INLINE_SECONDS, MAX_RUN_SECONDS, Loaded
+from models.serving.loop_watch import LoopWatch
 from models.serving.predictor import InferRequest, InferResponse
 from models.serving.repository import NotResident, Repository
 from models.serving.ticket import Run, Ticket
@@ -58,7 +59,8 @@ class Local:
         self._tier = tier
         self._clock = clock
         self.pool = EnginePool(threads, max_waiting, self._landed, clock)
-        self._turn = Turn(self._landed, clock)
+        self._watch = LoopWatch(clock)
+        self._turn = Turn(self._landed, clock, self._watch)
         self._under_way = 0
         self._tried: set[Loaded] = set()
         self._idle = asyncio.Event()
@@ -86,13 +88,19 @@ class Local:
 
     def _run_here(self, loaded: Loaded, request: InferRequest, names: Sequence[str]) -> Run:
         inputs = request.inputs
+        stops = loaded.stops
         start = self._clock()
+        self._watch.begin()
+        self._watch.running = loaded, start
         try:
             outputs = loaded.session.run(inputs, names)
         except EngineFailure as error:
-            loaded.refuse(error)
+            if loaded.stops == stops:
+                loaded.refuse(error)
             loaded.failed()
             raise
+        finally:
+            self._watch.running = None
         ended = self._clock()
         loaded.answered(inputs, outputs)
         if ended - start > STALL_SECONDS:
@@ -174,16 +182,15 @@ class Local:
     def _landed(self, tickets: Sequence[Ticket], outcome: Run | TierlineError | Sequence[Run | TierlineError]) -> None:
         """In the loop: how the runs of some tickets ended."""
         if isinstance(outcome, Run):
-            self._count(tickets, outcome)
+            self._learn(tickets, outcome)
             if len(tickets) == 1:
                 self._give(tickets[0], outcome)
                 return
-            start = 0
             outputs, started, ended, rows = outcome.outputs, outcome.started, outcome.ended, outcome.rows
+            start = 0
             for ticket in tickets:
                 stop = start + ticket.rows
-                self._ended(ticket)
-                ticket.parked.give(Run([array[start:stop] for array in outputs], started, ended, rows))
+                self._give(ticket, Run([array[start:stop] for array in outputs], started, ended, rows))
                 start = stop
         elif isinstance(outcome, TierlineError):
             for ticket in tickets:
@@ -191,30 +198,37 @@ class Local:
         else:
             for ticket, each in zip(tickets, outcome, strict=True):
                 if isinstance(each, Run):
-                    self._count((ticket,), each)
+                    self._learn((ticket,), each)
                 self._give(ticket, each)
 
-    def _count(self, tickets: Sequence[Ticket], run: Run) -> None:
+    def _learn(self, tickets: Sequence[Ticket], run: Run) -> None:
         first = tickets[0]
-        loaded = first.loaded
+        loaded, seconds = first.loaded, run.ended - run.started
         if first.threaded:
-            seconds = (run.ended - run.started) / max(run.rows, first.rows)
-            loaded.pace += PACE_SHARE * (seconds - loaded.pace) if loaded.pace else seconds
-        loaded.learn(first.inputs)
-        if loaded.is_trusted:
-            loaded.answers += len(tickets)
-            return
-        for ticket in tickets:
-            loaded.answered(ticket.inputs, run.outputs)
+            each = seconds / max(run.rows, first.rows, 1)
+            loaded.pace += PACE_SHARE * (each - loaded.pace) if loaded.pace else each
+        elif seconds > STALL_SECONDS:
+            self._look_into(loaded, concatenated(tickets), first.names, seconds)
+        if not loaded.is_trusted:
+            loaded.learn(first.inputs)
 
     def _give(self, ticket: Ticket, outcome: Run | TierlineError) -> None:
-        self._ended(ticket)
+        loaded = ticket.loaded
         if isinstance(outcome, Run):
-            ticket.parked.give(outcome)
-        else:
-            if isinstance(outcome, EngineFailure):
-                ticket.loaded.failed()
-            ticket.parked.fail(outcome)
+            if loaded.is_trusted:
+                loaded.answers += 1
+            else:
+                loaded.answered(ticket.inputs, outcome.outputs)
+            self._ended(ticket)
+            if outcome.ended > ticket.deadline:
+                ticket.parked.fail(DeadlineExceeded(f"'{loaded.identity}' was done after the deadline"))
+            else:
+                ticket.parked.give(outcome)
+            return
+        if isinstance(outcome, EngineFailure):
+            loaded.failed()
+        self._ended(ticket)
+        ticket.parked.fail(outcome)
 
     def _ended(self, ticket: Ticket) -> None:
         if ticket.threaded:
@@ -255,6 +269,7 @@ class Local:
     async def close(self) -> None:
         """Accept no more runs, refuse those that have not begun, wait for those under way, and stop what takes too long."""
         self._turn.close()
+        self._watch.close()
         self.pool.close()
         for seconds in (PATIENCE_SECONDS, CLOSE_SECONDS - PATIENCE_SECONDS):
             if not self._under_way:

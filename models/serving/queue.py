@@ -10,14 +10,20 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from itertools import count
+from typing import TYPE_CHECKING
 
 from models.errors import Overloaded
 from models.serving.ticket import Ticket
+
+if TYPE_CHECKING:
+    from models.serving.loaded import Loaded
 
 WEIGHTS = (6.0, 3.0, 1.0)
 """Shares of engine time of the priority classes high, normal and low, while all of them have work."""
 RESERVED_SHARE = 8
 """Each class may always have this part (an eighth) of the places in the queue, however many the others want."""
+MIN_COST_SECONDS = 0.002
+"""What a run of a model that was never measured is charged, so that it cannot pass for free."""
 MIN_GONE = 64
 """Tickets whose callers have gone are swept out once there are this many and they are the larger half."""
 
@@ -49,7 +55,7 @@ class RunQueue:
         self._places = places
         self._threads = threads
         self._estimate = estimate
-        self._flows: dict[tuple[object, int], Flow] = {}
+        self._flows: dict[tuple[Loaded, int], Flow] = {}
         self._numbers = count()
         self._used = 0.0  # of the flow that was served last: where a flow that wakes up begins
         self._gone = 0
@@ -118,7 +124,7 @@ class RunQueue:
         self._left(chosen, ticket)
         chosen.running += 1
         self._used = chosen.used
-        chosen.used += ticket.cost / chosen.weight
+        chosen.used += max(ticket.cost, MIN_COST_SECONDS) / chosen.weight
         return ticket
 
     def also(self, first: Ticket, rows: int) -> list[Ticket]:
@@ -131,7 +137,7 @@ class RunQueue:
             if not flow.heap:
                 break
             ticket = flow.heap[0][2]
-            if ticket.key != first.key or total + ticket.rows > rows:
+            if ticket.key != first.key or ticket.names != first.names or total + ticket.rows > rows:
                 break
             heapq.heappop(flow.heap)
             ticket.taken = True
@@ -140,13 +146,19 @@ class RunQueue:
             total += ticket.rows
         return taken
 
-    def ended(self, ticket: Ticket) -> None:
+    def ended(self, ticket: Ticket, seconds: float | None = None) -> None:
+        """The run that `pop` gave is over. `seconds`: what it took, charged instead of the estimate."""
         key = (ticket.loaded, class_of(ticket.priority))
         flow = self._flows[key]
         flow.running -= 1
-        if not flow.running and not flow.heap:
-            # Its share is forgotten with it; it begins where the others are when it comes again.
-            del self._flows[key]
+        if seconds is not None:
+            flow.used += (seconds - max(ticket.cost, MIN_COST_SECONDS)) / flow.weight
+        self._forget_idle(key, flow)
+
+    def _forget_idle(self, key: tuple[Loaded, int], flow: Flow) -> None:
+        # Its share is forgotten with it; it begins where the others are when it comes again.
+        if not flow.running and not flow.waiting:
+            self._flows.pop(key, None)
 
     def gone(self, ticket: Ticket) -> bool:
         """The caller of a run has gone: if it still waits its place is free at once, and it will not be made (True)."""
@@ -155,8 +167,13 @@ class RunQueue:
             return False
         ticket.gone = True
         ticket.inputs = {}
-        self._left(self._flows[ticket.loaded, class_of(ticket.priority)], ticket)
+        key = (ticket.loaded, class_of(ticket.priority))
+        flow = self._flows[key]
+        self._left(flow, ticket)
         self._gone += 1
+        self._forget_idle(key, flow)
+        if not self._flows:
+            self._gone = 0
         if self._gone > MIN_GONE and self._gone > len(self):
             for each in self._flows.values():
                 each.heap = [entry for entry in each.heap if not entry[2].gone]

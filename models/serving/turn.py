@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from models.errors import DeadlineExceeded, NotReady
 from models.serving.engine_pool import STOPPING, Landed, run_together
 from models.serving.loaded import Loaded
+from models.serving.loop_watch import LoopWatch
 from models.serving.ticket import Ticket
 
 TURN_SECONDS = 0.0005
@@ -27,8 +28,9 @@ _Group = tuple[Loaded, Sequence[str], object]
 class Turn:
     """`landed` is told how gathered runs ended."""
 
-    def __init__(self, landed: Landed, clock: Callable[[], float]) -> None:
+    def __init__(self, landed: Landed, clock: Callable[[], float], watch: LoopWatch) -> None:
         self._landed = landed
+        self._watch = watch
         self._clock = clock
         self._pending: dict[_Group, list[Ticket]] = {}
         self._number = 0
@@ -75,7 +77,11 @@ class Turn:
             return
         pending, self._pending = self._pending, {}
         ends = self._clock() + TURN_SECONDS
+        over = False
         for group, tickets in pending.items():
+            if over:
+                self._put_back(group, tickets)
+                continue
             loaded = group[0]
             if len(tickets) == 1:
                 loaded.alone += 1
@@ -84,9 +90,14 @@ class Turn:
                 tickets.sort(key=_deadline)
             left = self._run(loaded, tickets, ends)
             if left:
-                self._pending[group] = left
-        if self._pending:
+                self._put_back(group, left)
+            over = self._clock() > ends
+        if self._pending and not self._ending:
             self._end_soon()
+
+    def _put_back(self, group: _Group, tickets: list[Ticket]) -> None:
+        # An answer may have made its receiver ask again: those have waited less.
+        self._pending[group] = tickets + self._pending.get(group, [])
 
     def _run(self, loaded: Loaded, tickets: list[Ticket], ends: float) -> list[Ticket]:
         """Run these, batch by batch, until the turn's time is used up; returns those left."""
@@ -114,7 +125,11 @@ class Turn:
             self._landed(late, error)
             tickets = [ticket for ticket in tickets if ticket not in late]
         if tickets:
-            self._landed(tickets, run_together(tickets, self._clock))
+            self._watch.begin()
+            self._watch.running = tickets[0].loaded, now
+            outcome = run_together(tickets, self._clock)
+            self._watch.running = None
+            self._landed(tickets, outcome)
 
 
 def _deadline(ticket: Ticket) -> float:

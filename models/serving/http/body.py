@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from models.errors import TooLarge
 
@@ -12,6 +12,47 @@ if TYPE_CHECKING:
 
 MAX_PIECES = 1024
 """Pieces of a body that are kept apart: the object around a chunk of two bytes weighs twenty times as much."""
+
+
+SMALL_BODY_BYTES = 16 * 1024
+"""Bodies up to this size are not counted against what all connections may hold: they are bounded by their number."""
+
+
+class Holder(Protocol):
+    """Counts the bytes of bodies that all connections of a server hold."""
+
+    held_bytes: int
+
+
+class BodyBudget:
+    """One connection's share of the bytes that all may hold: what is arriving, and what is in work."""
+
+    __slots__ = ("_arriving", "_holder", "_limit")
+
+    def __init__(self, holder: Holder, limits: HttpLimits) -> None:
+        self._holder = holder
+        self._limit = limits.held_bytes
+        self._arriving = 0
+
+    def arrive(self, received: int) -> bool:
+        """More of a body came. False = it is too much: it must be refused."""
+        self._arriving += received
+        self._holder.held_bytes += received
+        return self._arriving <= SMALL_BODY_BYTES or self._holder.held_bytes <= self._limit
+
+    def arrived(self) -> None:
+        """The body is whole, or no longer wanted."""
+        self._holder.held_bytes -= self._arriving
+        self._arriving = 0
+
+    def hold(self, size: int) -> Callable[[], None]:
+        """A whole body is kept until what this returns is called, once."""
+        self._holder.held_bytes += size
+
+        def let_go() -> None:
+            self._holder.held_bytes -= size
+
+        return let_go
 
 
 class ArrivingBody:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from models.errors import InvalidRequest, NotReady, TierlineError, TooLarge
+from models.errors import InvalidRequest, NotReady, Overloaded, TierlineError, TooLarge
 from models.serving.caller import LOCAL_PEER
 from models.serving.drive import drive
 from models.serving.exchange import (
@@ -26,7 +26,7 @@ from models.serving.exchange import (
     error_body,
     error_response,
 )
-from models.serving.http.body import ArrivingBody, body_too_large, head_too_large
+from models.serving.http.body import SMALL_BODY_BYTES, ArrivingBody, BodyBudget, body_too_large, head_too_large
 from models.serving.http.file import read_pieces
 from models.serving.http.known import KnownHead
 from models.serving.http.peer import peer_of
@@ -41,6 +41,9 @@ LINGER_SECONDS = 2
 """How long a refused client may go on sending before it is cut off: closing at once would destroy the refusal on its way."""
 JOIN_BYTES = 64 * 1024
 """Answers up to this size are joined into one write; copying larger ones costs more than handing them over in parts."""
+MIN_READ_BYTES = 4096
+"""A client that takes at least this much in a second goes on reading; below it, it counts as one that does not."""
+
 _IDLE, _HEAD, _BODY = range(3)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -73,6 +76,7 @@ class HttpConnection(asyncio.Protocol):
         self._since = service.seconds  # when the phase began
         self._partial = 0  # bytes received of an unfinished head
         self._arriving = ArrivingBody(self._parts, self._raw, service.limits)
+        self._budget = BodyBudget(service, service.limits)
         self._body_begun = False  # the body's announced length was checked
         self._continue_due = False  # the client waits for a 100 before it sends the body
         self._large_read = False  # this read could hold a whole head above the limit
@@ -84,6 +88,7 @@ class HttpConnection(asyncio.Protocol):
         self._reading = True
         self._writable = True
         self._blocked_since = 0
+        self._unread = 0  # bytes written that the client had not taken at the last sweep
         self._sending: asyncio.Task[None] | None = None
         self._unblocked: asyncio.Future[None] | None = None
         self._out: list[bytes] = []  # to be sent at the end of this turn
@@ -94,8 +99,13 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._peer = peer_of(transport)
-        full = len(self._service.connections) >= self._limits.connections
+        open_now = len(self._service.connections)
+        full = open_now >= self._limits.connections
         self._service.connections.add(self)
+        if open_now >= 2 * self._limits.connections:
+            # Those that are told why hold a place too, for a while.
+            self._transport.abort()
+            return
         if full or self._service.draining:
             self._refuse(NotReady("this server has all the connections it accepts"))
             self._flush()
@@ -108,6 +118,9 @@ class HttpConnection(asyncio.Protocol):
                 slot.task.cancel()
         if self._sending is not None:
             self._sending.cancel()
+        for slot in (*self._order, *self._waiting):
+            slot.let_go()
+        self._budget.arrived()
         self._order.clear()
         self._waiting.clear()
         # The parser holds methods of this object: without this line every connection would be a cycle.
@@ -122,18 +135,32 @@ class HttpConnection(asyncio.Protocol):
         if idle:
             known = self._known.match(data)
             if known is not None:
-                self._feeding = True
-                slot = Slot(self, known, keep_alive=True)
-                self._admit(slot)
-                self._feeding = False
-                if slot.response is not None or len(self._order) > 1:
-                    self._flush()
+                self._repeat(known)
                 return
-            self._phase = _HEAD
-            self._since = self._service.seconds
-            self._partial = 0
-            self._completed = None
-            self._whole = 0
+        self._parse(data)
+        if self._phase != _IDLE and not self._deaf:
+            self._check_partial(len(data))
+        elif idle and self._completed is not None:
+            self._known.learn(data, self._completed)
+        elif not self._whole:
+            # The parser is between two requests and has eaten something: line ends that some clients send.
+            self._known.forget()
+        self._completed = None
+        self._flush()
+
+    def _repeat(self, request: HttpRequest) -> None:
+        """A request whose head is that of the last one: the parser would say the same."""
+        self._since = self._service.seconds
+        slot = Slot(self, request, keep_alive=True)
+        self._feeding = True
+        self._admit(slot)
+        self._feeding = False
+        if slot.response is not None or len(self._order) > 1:
+            self._flush()
+
+    def _parse(self, data: bytes) -> None:
+        self._completed = None
+        self._whole = 0
         self._large_read = len(data) > self._limits.header_bytes
         self._feeding = True
         try:
@@ -148,13 +175,6 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(InvalidRequest(f"malformed HTTP: {error}"))
         finally:
             self._feeding = False
-        if self._phase != _IDLE:
-            if not self._deaf:
-                self._check_partial(len(data))
-        elif idle and self._completed is not None:
-            self._known.learn(data, self._completed)
-            self._completed = None
-        self._flush()
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still read from its side, so it gets what it has asked for (RFC 9112 9.6)."""
@@ -167,6 +187,7 @@ class HttpConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._writable = False
         self._blocked_since = self._service.seconds
+        self._unread = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._writable = True
@@ -175,6 +196,11 @@ class HttpConnection(asyncio.Protocol):
         self._balance()
 
     # --- called by the parser ------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._phase = _HEAD
+        self._since = self._service.seconds
+        self._partial = 0
 
     def on_headers_complete(self) -> None:
         # Copied here, so that trailers of a chunked body never pass for headers (RFC 9110 6.5.1).
@@ -195,6 +221,7 @@ class HttpConnection(asyncio.Protocol):
         self._raw.clear()
         target = self._url[0] if len(self._url) == 1 else b"".join(self._url)
         self._url.clear()
+        self._budget.arrived()
         if len(body) > self._limits.body_bytes:
             self._refuse(body_too_large(self._limits))
             return
@@ -215,6 +242,8 @@ class HttpConnection(asyncio.Protocol):
         self._completed = request if self._whole == 1 and slot.keep_alive else None
         if not slot.keep_alive:
             self._deaf = True
+        if len(body) > SMALL_BODY_BYTES:
+            slot.held = self._budget.hold(len(body))
         self._admit(slot)
 
     # --- requests in -----------------------------------------------------------------------------------------------------
@@ -240,17 +269,22 @@ class HttpConnection(asyncio.Protocol):
     def _check_partial(self, received: int) -> None:
         """A head or body has begun and not ended: hold it to the limits before more of it comes."""
         if self._phase == _HEAD:
-            self._partial += received
+            if not self._whole:
+                # What came behind other requests of the same read is less than that read.
+                self._partial += received
             if self._partial > self._limits.header_bytes or len(self._raw) > self._limits.header_count:
                 self._refuse(head_too_large(self._limits))
             return
         if not self._body_begun:
             self._begin_body()
-            return
-        try:
-            self._arriving.check(received)
-        except TooLarge as error:
-            self._refuse(error)
+        else:
+            try:
+                self._arriving.check(received)
+            except TooLarge as error:
+                self._refuse(error)
+                return
+        if not self._deaf and not self._budget.arrive(received):
+            self._refuse(Overloaded("this server holds as many bytes of bodies as it may"))
 
     def _begin_body(self) -> None:
         self._body_begun = True
@@ -266,6 +300,8 @@ class HttpConnection(asyncio.Protocol):
     def _refuse(self, error: TierlineError, status: int | None = None) -> None:
         """Answer with `error` after the requests before it, then close."""
         self._deaf = True
+        self._budget.arrived()
+        self._parts.clear()
         slot = Slot(self, None, keep_alive=False)
         slot.response = error_response(error)
         if status is not None:
@@ -282,13 +318,18 @@ class HttpConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Write the answers that are ready and whose turn it is."""
+        if self._lost:
+            return
         order = self._order
-        if self._sending is not None or self._lost:
+        due = self._sending is None and (not order or order[0].response is not None or self._continue_due)
+        if due and not self._write_ready():
             return
-        if order and order[0].response is None and not self._continue_due:
-            if len(order) >= self._limits.pipeline or self._waiting or not self._reading:
-                self._balance()
-            return
+        if self._waiting or not self._reading or not self._writable or len(order) >= self._limits.pipeline:
+            self._balance()
+
+    def _write_ready(self) -> bool:
+        """False = the connection went to a file, to another protocol or to its end."""
+        order = self._order
         out: list[bytes] = []
         size = 0
         while order:
@@ -299,29 +340,27 @@ class HttpConnection(asyncio.Protocol):
             order.popleft()
             closing = self._closes_after(slot)
             body = response.body
-            if isinstance(body, Upgrade):
+            if isinstance(body, Upgrade | FileBody):
                 self._write(out, size)
-                self._upgrade(slot, response, body)
-                return
-            if isinstance(body, FileBody):
-                self._write(out, size)
-                self.send()
-                self._sending = self._service.loop.create_task(self._send_file(slot, response, body, closing))
-                return
+                if isinstance(body, Upgrade):
+                    self._upgrade(response, body)
+                else:
+                    self.send()
+                    self._sending = self._service.loop.create_task(self._send_file(slot, response, body, closing))
+                return False
             size += encode_answer(self._service.date, slot, response, body, closing, out)
             if closing:
                 self._write(out, size)
                 self._close(slot.linger)
-                return
+                return False
         if self._continue_due and not order and not self._waiting:
             self._continue_due = False
             if self._phase == _BODY and not self._deaf:
                 out.append(_CONTINUE)
         self._write(out, size)
-        if self._waiting or not self._reading or not self._writable or len(order) >= self._limits.pipeline:
-            self._balance()
+        return True
 
-    def _upgrade(self, slot: Slot, response: HttpResponse, upgrade: Upgrade) -> None:
+    def _upgrade(self, response: HttpResponse, upgrade: Upgrade) -> None:
         """Hand the connection over, after the answers before this one."""
         self.send()
         self._transport.write(upgrade_head(self._service.date, response))
@@ -431,9 +470,14 @@ class HttpConnection(asyncio.Protocol):
     def check_time(self) -> None:
         """Called once a second by the sweep."""
         now = self._service.seconds
-        if not self._writable and now - self._blocked_since > self._limits.write_seconds:
-            self.abort()
-            return
+        if not self._writable:
+            left = self._transport.get_write_buffer_size()
+            if left <= self._unread - MIN_READ_BYTES:
+                self._blocked_since = now
+            self._unread = left
+            if now - self._blocked_since > self._limits.write_seconds:
+                self.abort()
+                return
         if self._order or self._waiting or self._sending is not None:
             if not self._ended:
                 self._since = now  # it is our turn

@@ -30,5 +30,10 @@ class KnownHead:
         headers, size = request.head.headers, len(request.body)
         if len(data) > MAX_KNOWN_BYTES or any(name in headers for name in _SPECIAL):
             return
-        if int(headers.get(b"content-length", b"0")) == size and data.endswith(request.body):
-            self._bytes, self._head, self._read = data[: len(data) - size], request.head, len(data)
+        end = len(data) - size
+        # The first empty line ends the head: nothing may stand before the request, nor after it.
+        if int(headers.get(b"content-length", b"0")) == size and data.find(b"\r\n\r\n") + 4 == end:
+            self._bytes, self._head, self._read = data[:end], request.head, len(data)
+
+    def forget(self) -> None:
+        self._head, self._read = None, -1

@@ -21,14 +21,16 @@ class HttpLimits(msgspec.Struct, frozen=True):
     """What one server and one connection may take.
 
     `header_bytes`, `header_count`: request line and headers together. `body_bytes`: of a chunked body the framing counts
-    too. `connections`: at once. `pipeline`: requests of one connection in work at once, also the most that are started in
-    one turn of the loop. `header_seconds`, `body_seconds`: from first to last byte. `idle_seconds`: between requests.
-    `write_seconds`: how long a client may leave an answer unread.
+    too. `held_bytes`: bodies of all connections together, arriving and in work. `connections`: at once. `pipeline`: requests
+    of one connection in work at once, also the most that are started in one turn of the loop. `header_seconds`,
+    `body_seconds`: from first to last byte. `idle_seconds`: between requests. `write_seconds`: how long a client may leave an
+    answer unread.
     """
 
     header_bytes: int = 32 * 1024
     header_count: int = 100
     body_bytes: int = 64 * 1024 * 1024
+    held_bytes: int = 256 * 1024 * 1024
     connections: int = 1024
     pipeline: int = 32
     header_seconds: int = 10
@@ -47,6 +49,7 @@ class HttpService:
         self.connections: set[HttpConnection] = set()
         self.upgraded: WeakSet[asyncio.Transport] = WeakSet()
         self.seconds = 0
+        self.held_bytes = 0
         self.draining = False
         self.empty = asyncio.Event()  # set when draining has let the last connection go
         self.date = b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from models.serving.drive import Driven
@@ -24,12 +25,13 @@ class _Owner(Protocol):
 class Slot:
     """A request's place in the order of answers."""
 
-    __slots__ = ("connection", "keep_alive", "linger", "old", "request", "response", "task")
+    __slots__ = ("connection", "held", "keep_alive", "linger", "old", "request", "response", "task")
 
     def __init__(self, connection: _Owner, request: HttpRequest | None, keep_alive: bool) -> None:
         self.connection = connection
         self.request = request
         self.keep_alive = keep_alive
+        self.held: Callable[[], None] | None = None  # lets go of the body's share of the server's memory
         self.old = False
         self.linger = False
         self.response: HttpResponse | None = None
@@ -41,7 +43,14 @@ class Slot:
                 log.error("a handler failed", exc_info=error)
             response = HttpResponse(500, JSON, error_body("internal error"))
         self.response = response
+        if self.held is not None:
+            self.let_go()
         self.connection.answered()
+
+    def let_go(self) -> None:
+        held, self.held = self.held, None
+        if held is not None:
+            held()
 
 
 def answer_head(date: bytes, slot: Slot, response: HttpResponse, length: int, closing: bool) -> bytes:

@@ -125,6 +125,19 @@ async def a_parked_coroutine_is_cancelled_at_once_and_its_giver_is_told() -> Non
     assert len(outcome.calls) == 1
 
 
+async def cancelling_what_has_ended_changes_nothing() -> None:
+    parked: Parked[int] = Parked(asyncio.get_running_loop())
+
+    async def waiting() -> int:
+        return await parked
+
+    driven, outcome = start(waiting())
+    assert driven is not None
+    parked.give(1)
+    driven.cancel()
+    assert outcome.calls == [(1, None)]
+
+
 async def after_parking_a_coroutine_may_still_suspend_on_a_future() -> None:
     parked: Parked[int] = Parked(asyncio.get_running_loop())
 
@@ -243,6 +256,7 @@ SCENARIOS: list[Scenario] = [
     a_parked_coroutine_goes_on_when_its_result_is_given,
     a_parked_coroutine_sees_the_error_and_may_park_again,
     a_parked_coroutine_is_cancelled_at_once_and_its_giver_is_told,
+    cancelling_what_has_ended_changes_nothing,
     after_parking_a_coroutine_may_still_suspend_on_a_future,
     a_task_may_await_what_is_parked,
     the_first_futures_error_reaches_the_coroutine,

@@ -179,3 +179,41 @@ async def test_a_run_that_cannot_be_stopped_loses_its_thread_and_its_model_but_n
     with pytest.raises(NotReady, match="stuck"):
         await ask(local, model="hanging")
     session.gate.set()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_stopping_one_run_does_not_fail_another_of_the_same_session(repository: Repository) -> None:
+    class Shared(FakeSession):
+        """As onnxruntime: stopping ends every run under way. Inputs of 1 run until stopped, others for a while."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stops = threading.Condition()
+            self.count = 0
+
+        def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+            before = self.count
+            with self.stops:
+                hangs = inputs["x"][0, 0] == 1
+                if self.stops.wait_for(lambda: self.count > before, WAIT_SECONDS if hangs else 0.2):
+                    raise EngineFailure("stopped")
+            return super().run(inputs, outputs)
+
+        def stop(self) -> bool:
+            with self.stops:
+                self.count += 1
+                self.stops.notify_all()
+            return True
+
+    local = Local(repository, "edge", threads=2)
+    made = loaded(Shared())
+    made.max_run_seconds = 0.25
+    repository.install({"m": {"1": made}})
+    hanging = ask(local, 1)
+    await asyncio.sleep(0.15)
+    innocent = ask(local, 2)
+    assert (await asyncio.wait_for(innocent, 5)).version == "1"
+    with pytest.raises(EngineFailure, match="was stopped after"):
+        await asyncio.wait_for(hanging, 5)
+    assert made.failures == 1
+    await local.close()

@@ -67,8 +67,10 @@ async def test_a_large_request_for_a_fast_model_leaves_the_loop(repository: Repo
     repository.install({"m": {"1": made}})
     for rows in (2, 3):
         await local.infer(request(inputs={"x": np.ones((rows, 2), np.float32)}))
-    assert session.threads[0] == "MainThread"
-    assert session.threads[1].startswith("tierline-engine")
+    # A run that a busy machine drew out is tried again in a thread of asyncio's.
+    threads = [name for name in session.threads if not name.startswith("asyncio")]
+    assert threads[0] == "MainThread"
+    assert threads[1].startswith("tierline-engine")
 
 
 # --- checks --------------------------------------------------------------------------------------------------------

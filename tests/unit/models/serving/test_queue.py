@@ -174,3 +174,21 @@ def test_what_waits_is_handed_back_when_the_tier_stops() -> None:
         runs.admit(ticket(m), 0.0)
     assert len(list(runs.drain())) == 3
     assert len(runs) == 0
+
+
+def test_a_model_that_was_never_measured_is_charged_what_it_takes() -> None:
+    runs, unknown, known = queue(threads=1), model(0.0), model(0.01)
+    for _ in range(60):
+        runs.admit(ticket(unknown), 0.0)
+    runs.ended(take(runs), 0.05)
+    runs.admit(ticket(known), 0.0)
+    assert known in [run(runs).loaded for _ in range(2)]
+
+
+def test_a_flow_whose_callers_have_all_gone_is_forgotten() -> None:
+    runs = queue()
+    for _ in range(20):
+        asked = ticket(model())
+        runs.admit(asked, 0.0)
+        runs.gone(asked)
+    assert not runs._flows

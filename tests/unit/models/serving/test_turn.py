@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from models.serving.local import Local
 from models.serving.predictor import InferRequest, InferResponse
 from models.serving.repository import Repository
 from models.serving.turn import LONELY_TURNS
+from models.tensor import TensorSpec
 
 
 class Recording(FakeSession):
@@ -43,6 +45,12 @@ def batched(session: Recording, rows: int = 32, **changes: Any) -> Loaded:
     made.row_elements = 2
     made._sample = {"x": np.ones((1, 2), np.float32)}
     return made
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may draw out any run: only the test that means to looks into it."""
+    monkeypatch.setattr("models.serving.local.STALL_SECONDS", 10.0)
 
 
 @pytest.fixture
@@ -171,3 +179,115 @@ async def test_a_caller_that_goes_away_costs_no_run(repository: Repository, loca
     assert isinstance(ended[0], asyncio.CancelledError)
     assert session.runs == []
     assert repository.lookup("m", None).in_flight == 0
+
+
+class TwoOutputs(Recording):
+    """`y` = 2x, `z` = 3x; computes only what was asked for."""
+
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        factors = {"y": 2.0, "z": 3.0}
+        self.runs.append(len(inputs["x"]))
+        return [inputs["x"] * factors[name] for name in outputs or ("y", "z")]
+
+
+async def test_requests_for_other_outputs_are_not_answered_with_those_of_the_first(
+    repository: Repository, local: Local
+) -> None:
+    specs = (TensorSpec("y", "FP32", (-1, 2)), TensorSpec("z", "FP32", (-1, 2)))
+    session = TwoOutputs()
+    session.outputs = specs
+    inline, threaded = batched(session), batched(session)
+    threaded.inline_elements = 0
+    repository.install({"m": {"1": inline}, "slow": {"1": threaded}})
+    for model in ("m", "slow"):
+        answers = await asyncio.gather(
+            *(ask(local, 1.0, model=model, outputs=("y",) if number % 2 else ("z",)) for number in range(40))
+        )
+        for number, answer in enumerate(answers):
+            name, value = ("y", 2.0) if number % 2 else ("z", 3.0)
+            assert {key: float(array[0, 0]) for key, array in answer.outputs.items()} == {name: value}
+
+
+async def test_one_callers_nan_does_not_count_against_the_version_for_its_neighbours(
+    repository: Repository, local: Local
+) -> None:
+    made = batched(Recording())
+    repository.install({"m": {"1": made}})
+    await asyncio.gather(ask(local, float("nan")), *(ask(local, 1.0) for _ in range(15)))
+    assert (made.failures, made.answers) == (0, 15)
+
+
+async def test_a_model_that_stalls_the_loop_in_a_batch_is_looked_into_and_its_late_answers_are_none(
+    repository: Repository, local: Local, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.serving.local.STALL_SECONDS", 0.001)
+
+    class Slow(Recording):
+        def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+            ends = time.thread_time() + 0.03
+            while time.thread_time() < ends:
+                pass
+            return super().run(inputs, outputs)
+
+    made = batched(Slow())
+    repository.install({"m": {"1": made}})
+    deadline = time.monotonic() + 0.02
+    late, patient = ask(local, 1.0, deadline=deadline), ask(local, 1.0)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert float((await patient).outputs["y"][0, 0]) == 2.0
+    while made.in_flight:
+        await asyncio.sleep(0.01)
+    assert made.inline_elements == 0
+    assert "no longer run in the event loop" in caplog.text
+
+
+async def test_many_models_in_one_turn_take_no_more_of_it_than_one(repository: Repository) -> None:
+    now = 0.0
+
+    class Ticking(Recording):
+        def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+            nonlocal now
+            now += 0.0002
+            return super().run(inputs, outputs)
+
+    local = Local(repository, "edge", threads=1, clock=lambda: now)
+    repository.install({f"m{number}": {"1": batched(Ticking())} for number in range(20)})
+    waiting = [ask(local, 1.0, model=f"m{number}") for number in range(20)]
+    took, before = [], now
+    while not all(each.done() for each in waiting):
+        await asyncio.sleep(0)
+        took.append(now - before)
+        before = now
+    assert max(took) <= 0.0008
+    await local.close()
+
+
+async def test_whoever_asks_again_when_answered_does_not_push_others_out(repository: Repository) -> None:
+    now = 0.0
+
+    class Ticking(Recording):
+        def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+            nonlocal now
+            now += 0.001
+            return super().run(inputs, outputs)
+
+    local = Local(repository, "edge", threads=1, clock=lambda: now)
+    made = batched(Ticking(), rows=1)
+    repository.install({"m": {"1": made}})
+    made.seconds = 1e-4
+
+    async def twice() -> int:
+        for _ in range(2):
+            await local.infer(InferRequest(model="m", inputs={"x": np.ones((1, 2), np.float32)}))
+        return 2
+
+    loop = asyncio.get_running_loop()
+    done: list[Any] = []
+    for _ in range(3):
+        drive(twice(), lambda result, error: done.append(result or error), loop)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert done == [2, 2, 2]
+    assert made.in_flight == 0
+    await local.close()

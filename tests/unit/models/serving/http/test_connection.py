@@ -25,6 +25,10 @@ class FakeTransport(asyncio.Transport):
         self.writes = 0
         self.closed = self.aborted = self.ended = False
         self.reading = True
+        self.unread = 0  # what a client that does not read has left in the buffer
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
 
     def write(self, data: Any) -> None:
         assert not self.closed
@@ -668,3 +672,121 @@ async def test_a_taken_port_is_said_clearly() -> None:
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}: Address already in use"):
             async with serve_http(echo, port=server.port):
                 pass
+
+
+# --- a head that comes again -----------------------------------------------------------------------------------------
+
+
+def seen_by(*reads: bytes, split: bool = False) -> list[tuple[str, str, bytes]]:
+    """What a handler is asked when these reads arrive: method, path, body."""
+    seen: list[tuple[str, str, bytes]] = []
+
+    async def handler(request: HttpRequest) -> HttpResponse:
+        seen.append((request.method, request.path, request.body))
+        return HttpResponse(200)
+
+    client = Client(handler)
+    for read in reads:
+        for piece in [read[index : index + 1] for index in range(len(read))] if split else [read]:
+            client.send(piece)
+    return seen
+
+
+POST_B = b"POST /b HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
+GET_A = b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        (POST_B, POST_B, POST_B.replace(b"hi", b"ho")),
+        (GET_A, GET_A, POST_B, GET_A),
+        (GET_A, GET_A + b"\r\n", GET_A + b"\r\n", b"\r\n" + GET_A, GET_A),
+        (GET_A, POST_B + GET_A[:20], GET_A[20:], GET_A),
+        (GET_A, POST_B + b"POST /p HTTP/1.1\r\nx-note: ", GET_A.replace(b"\r\n\r\n", b"\r\n"), b"\r\n", GET_A),
+        (POST_B, b"\r", POST_B, POST_B),
+        (POST_B + GET_A, POST_B, GET_A + POST_B, POST_B),
+        (GET_A.replace(b"host", b"content-length: 0\r\nhost"),) * 3,
+    ],
+)
+async def test_a_head_that_is_remembered_means_what_the_parser_says(reads: tuple[bytes, ...]) -> None:
+    assert seen_by(*reads) == seen_by(*reads, split=True)
+
+
+async def test_a_connection_in_steady_use_is_not_idle() -> None:
+    client = Client(echo)
+    for _ in range(3 * HttpLimits().idle_seconds):
+        client.send(GET_A)
+        client.service.sweep()
+    assert not client.transport.closed
+
+
+async def test_an_unfinished_head_behind_a_whole_request_has_no_more_time_than_any() -> None:
+    client = Client(echo)
+    client.send(GET_A + GET_A[:10])
+    for _ in range(HttpLimits().header_seconds + 2):
+        client.service.sweep()
+    assert b"408" in client.transport.sent
+
+
+# --- what all connections hold ----------------------------------------------------------------------------------------
+
+
+async def test_the_bodies_of_all_connections_together_are_bounded() -> None:
+    asked: list[asyncio.Future[None]] = []
+
+    async def handler(request: HttpRequest) -> HttpResponse:
+        asked.append(asyncio.get_running_loop().create_future())
+        await asked[-1]
+        return HttpResponse(200)
+
+    limits = HttpLimits(held_bytes=100_000)
+    service = HttpService(handler, limits, asyncio.get_running_loop())
+    large = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n" + b"x" * 60_000
+    clients = []
+    for read in (large, large[:40_000] + b"", POST_B):
+        connection, transport = service.connect(), FakeTransport()
+        connection.connection_made(transport)
+        for start in range(0, len(read), 20_000):
+            connection.data_received(read[start : start + 20_000])
+        clients.append((connection, transport))
+    connection, transport = clients[1]
+    connection.data_received(large[40_000:50_000])
+    service.send_now()
+    assert b"429" in transport.sent
+    assert not clients[0][1].sent
+    assert len(asked) == 2, "a small body is taken even so"
+    for future in asked:
+        future.set_result(None)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for connection, _ in clients:
+        connection.connection_lost(None)
+    assert service.held_bytes == 0
+
+
+async def test_requests_behind_a_file_wait_in_the_socket_not_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(b"x" * 10)
+
+    async def handler(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, b"", FileBody(path, 0, 10))
+
+    client = Client(handler)
+    for _ in range(HttpLimits().pipeline + 1):
+        client.send(GET_A)
+    assert not client.transport.reading
+    client.connection.connection_lost(None)
+
+
+async def test_a_slow_reader_that_reads_on_is_not_cut_off() -> None:
+    client = Client(echo)
+    client.transport.unread = 10_000_000
+    client.connection.pause_writing()
+    for _ in range(3 * HttpLimits().write_seconds):
+        client.transport.unread -= 100_000
+        client.service.sweep()
+    assert not client.transport.aborted
+    for _ in range(HttpLimits().write_seconds + 2):
+        client.service.sweep()
+    assert client.transport.aborted
