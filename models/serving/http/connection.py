@@ -11,26 +11,21 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, cast
 
-import httptools
-
-from models.errors import InvalidRequest, NotReady, Overloaded, TierlineError, TooLarge
-from models.serving.caller import LOCAL_PEER
+from models.errors import InvalidRequest, NotReady, TierlineError
 from models.serving.drive import drive
 from models.serving.exchange import (
     JSON,
     FileBody,
-    HttpHead,
     HttpRequest,
     HttpResponse,
     Upgrade,
     error_body,
     error_response,
 )
-from models.serving.http.body import SMALL_BODY_BYTES, ArrivingBody, BodyBudget, body_too_large, head_too_large
 from models.serving.http.file import read_pieces
-from models.serving.http.known import KnownHead
 from models.serving.http.peer import peer_of
-from models.serving.http.slot import Slot, answer_head, encode_answer, path_of_absolute, upgrade_head
+from models.serving.http.reader import BODY, HEAD, IDLE, RequestReader
+from models.serving.http.slot import Slot, answer_head, encode_answer, upgrade_head
 
 if TYPE_CHECKING:
     from models.serving.http.service import HttpService
@@ -44,44 +39,19 @@ JOIN_BYTES = 64 * 1024
 MIN_READ_BYTES = 4096
 """A client that takes at least this much in a second goes on reading; below it, it counts as one that does not."""
 
-_IDLE, _HEAD, _BODY = range(3)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class HttpConnection(asyncio.Protocol):
+class HttpConnection(RequestReader, asyncio.Protocol):
     """One client. Reading stops while its pipeline is full or its answers go unread."""
 
     def __init__(self, service: HttpService) -> None:
-        self._service = service
-        self._limits = service.limits
-        self._url: list[bytes] = []
-        self._raw: dict[bytes, bytes] = {}
-        self._headers: dict[bytes, bytes] = {}
-        self._parts: list[bytes] = []
-        # httptools calls these as the containers' own methods want to be called: no Python frame per header or piece.
-        self.on_url = self._url.append
-        self.on_header = self._raw.__setitem__
-        self.on_body = self._parts.append
-        self._parser = httptools.HttpRequestParser(self)
-        self._peer = LOCAL_PEER
-        self._known = KnownHead()
-        self._completed: HttpRequest | None = None  # by this read alone
-        self._whole = 0  # requests that this read completed
+        super().__init__(service)
         self._upgrading = False
         self._held: list[bytes] = []  # came after a request to upgrade
         self._held_bytes = 0
         self._order: deque[Slot] = deque()  # started, answered in this order
         self._waiting: deque[Slot] = deque()  # read, not started
-        self._phase = _IDLE
-        self._since = service.seconds  # when the phase began
-        self._partial = 0  # bytes received of an unfinished head
-        self._arriving = ArrivingBody(self._parts, self._raw, service.limits)
-        self._budget = BodyBudget(service, service.limits)
-        self._body_begun = False  # the body's announced length was checked
-        self._continue_due = False  # the client waits for a 100 before it sends the body
-        self._large_read = False  # this read could hold a whole head above the limit
-        self._feeding = False
-        self._deaf = False  # nothing more is read from this client, its last answer closes the connection
         self._ended = False  # the client sends no more
         self._lost = False
         self._resuming = False
@@ -131,14 +101,14 @@ class HttpConnection(asyncio.Protocol):
             if self._upgrading:
                 self._hold(data)
             return
-        idle = self._phase == _IDLE
+        idle = self._phase == IDLE
         if idle:
             known = self._known.match(data)
             if known is not None:
                 self._repeat(known)
                 return
         self._parse(data)
-        if self._phase != _IDLE and not self._deaf:
+        if self._phase != IDLE and not self._deaf:
             self._check_partial(len(data))
         elif idle and self._completed is not None:
             self._known.learn(data, self._completed)
@@ -157,24 +127,6 @@ class HttpConnection(asyncio.Protocol):
         self._feeding = False
         if slot.response is not None or len(self._order) > 1:
             self._flush()
-
-    def _parse(self, data: bytes) -> None:
-        self._completed = None
-        self._whole = 0
-        self._large_read = len(data) > self._limits.header_bytes
-        self._feeding = True
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserCallbackError:
-            raise
-        except httptools.HttpParserUpgrade as stopped:
-            # Answered as it is unless the handler upgrades (RFC 9110 7.8); what follows it is not HTTP/1.1.
-            self._deaf = self._upgrading = True
-            self._hold(data[stopped.args[0] :])
-        except httptools.HttpParserError as error:
-            self._refuse(InvalidRequest(f"malformed HTTP: {error}"))
-        finally:
-            self._feeding = False
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still read from its side, so it gets what it has asked for (RFC 9112 9.6)."""
@@ -195,57 +147,6 @@ class HttpConnection(asyncio.Protocol):
             self._unblocked.set_result(None)
         self._balance()
 
-    # --- called by the parser ------------------------------------------------------------------------------------------
-
-    def on_message_begin(self) -> None:
-        self._phase = _HEAD
-        self._since = self._service.seconds
-        self._partial = 0
-
-    def on_headers_complete(self) -> None:
-        # Copied here, so that trailers of a chunked body never pass for headers (RFC 9110 6.5.1).
-        self._headers = {name.lower(): value for name, value in self._raw.items()}
-        self._raw.clear()
-        self._phase = _BODY
-        self._body_begun = False
-        if self._large_read:
-            self._check_head()
-
-    def on_message_complete(self) -> None:
-        self._phase = _IDLE
-        if self._deaf:
-            return
-        parts = self._parts
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
-        self._raw.clear()
-        target = self._url[0] if len(self._url) == 1 else b"".join(self._url)
-        self._url.clear()
-        self._budget.arrived()
-        if len(body) > self._limits.body_bytes:
-            self._refuse(body_too_large(self._limits))
-            return
-        headers = self._headers
-        if len(headers) > self._limits.header_count:
-            self._refuse(head_too_large(self._limits))
-            return
-        path, _, query = target.decode("latin-1").partition("?")
-        if not path.startswith("/"):
-            path = path_of_absolute(path)
-        parser = self._parser
-        request = HttpRequest(HttpHead(parser.get_method().decode("latin-1"), path, query, headers, self._peer), body)
-        slot = Slot(self, request, parser.should_keep_alive())
-        if parser.get_http_version() == "1.0":
-            slot.old = b"connection" in headers
-            self._whole = 2
-        self._whole += 1
-        self._completed = request if self._whole == 1 and slot.keep_alive else None
-        if not slot.keep_alive:
-            self._deaf = True
-        if len(body) > SMALL_BODY_BYTES:
-            slot.held = self._budget.hold(len(body))
-        self._admit(slot)
-
     # --- requests in -----------------------------------------------------------------------------------------------------
 
     def _admit(self, slot: Slot) -> None:
@@ -260,42 +161,6 @@ class HttpConnection(asyncio.Protocol):
             request = cast(HttpRequest, slot.request)
             service = self._service
             slot.task = drive(service.handler(request), slot.done, service.loop)
-
-    def _check_head(self) -> None:
-        size = sum(map(len, self._url)) + sum(len(name) + len(value) for name, value in self._headers.items())
-        if size > self._limits.header_bytes:
-            self._refuse(head_too_large(self._limits))
-
-    def _check_partial(self, received: int) -> None:
-        """A head or body has begun and not ended: hold it to the limits before more of it comes."""
-        if self._phase == _HEAD:
-            if not self._whole:
-                # What came behind other requests of the same read is less than that read.
-                self._partial += received
-            if self._partial > self._limits.header_bytes or len(self._raw) > self._limits.header_count:
-                self._refuse(head_too_large(self._limits))
-            return
-        if not self._body_begun:
-            self._begin_body()
-        else:
-            try:
-                self._arriving.check(received)
-            except TooLarge as error:
-                self._refuse(error)
-                return
-        if not self._deaf and not self._budget.arrive(received):
-            self._refuse(Overloaded("this server holds as many bytes of bodies as it may"))
-
-    def _begin_body(self) -> None:
-        self._body_begun = True
-        self._arriving.begin()
-        self._since = self._service.seconds
-        # HTTP/1.0 knows no interim answers.
-        expects = self._headers.get(b"expect", b"").lower() == b"100-continue"
-        self._continue_due = expects and self._parser.get_http_version() != "1.0"
-        # llhttp has checked that it is a number that fits 64 bits.
-        if int(self._headers.get(b"content-length", b"0")) > self._limits.body_bytes:
-            self._refuse(body_too_large(self._limits))
 
     def _refuse(self, error: TierlineError, status: int | None = None) -> None:
         """Answer with `error` after the requests before it, then close."""
@@ -355,7 +220,7 @@ class HttpConnection(asyncio.Protocol):
                 return False
         if self._continue_due and not order and not self._waiting:
             self._continue_due = False
-            if self._phase == _BODY and not self._deaf:
+            if self._phase == BODY and not self._deaf:
                 out.append(_CONTINUE)
         self._write(out, size)
         return True
@@ -373,6 +238,10 @@ class HttpConnection(asyncio.Protocol):
             self._transport.resume_reading()
         if self._held and not self._transport.is_closing():
             protocol.data_received(b"".join(self._held))
+
+    def _stop_reading(self, rest: bytes) -> None:
+        self._upgrading = True
+        self._hold(rest)
 
     def _hold(self, data: bytes) -> None:
         """What a client sends before its upgrade is answered."""
@@ -488,15 +357,15 @@ class HttpConnection(asyncio.Protocol):
         if self._deaf:
             if age > LINGER_SECONDS:
                 self.abort()
-        elif self._phase == _IDLE:
+        elif self._phase == IDLE:
             if age > self._limits.idle_seconds:
                 self._transport.close()
-        elif age > (self._limits.header_seconds if self._phase == _HEAD else self._limits.body_seconds):
+        elif age > (self._limits.header_seconds if self._phase == HEAD else self._limits.body_seconds):
             self._refuse(InvalidRequest("the request took too long to arrive"), http.HTTPStatus.REQUEST_TIMEOUT)
             self._flush()
 
     def close_if_idle(self) -> None:
-        if self._phase == _IDLE and not (self._order or self._waiting or self._sending):
+        if self._phase == IDLE and not (self._order or self._waiting or self._sending):
             self.send()
             self._transport.close()
 
