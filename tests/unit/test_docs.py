@@ -11,19 +11,35 @@ import pytest
 import tierline
 from device_agent import load_agent_config
 from edge_node.config import load_edge_config
+from models.serving.access.settings import Client, Settings, Tenant, decode_settings
+from models.serving.model_settings import ModelSettings, read_settings
+from models.serving.websocket.session import _ACTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/**/*.md")])
 README = (ROOT / "README.md").read_text()
+SERVING = (ROOT / "docs" / "serving.md").read_text()
+ACCESS = (ROOT / "docs" / "access.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_in_the_readme_compiles(code: str) -> None:
-    compile(code, "README.md", "exec")
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        tierline.main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_in_the_pages_compiles(page: Path) -> None:
+    for code in blocks("python", page.read_text()):
+        compile(code, str(page), "exec")
 
 
 def test_the_readmes_node_configuration_is_accepted(tmp_path: Path) -> None:
@@ -84,3 +100,62 @@ def test_the_six_files_that_show_the_main_flow_exist() -> None:
     ):
         assert name in walk
         assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_option_a_page_gives_a_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, rest in re.findall(
+        r"(?:^|`|\()tierline ((?:token |model )?[a-z-]+)([^`|#\n]*)", page.read_text(), re.MULTILINE
+    ):
+        if command in tierline.COMMANDS or " " in command:
+            assert options_in(rest) <= options_in(help_of(command, capsys)), f"tierline {command}{rest}"
+
+
+def test_every_option_of_serve_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options_in(help_of("serve", capsys)) - {"--help"} <= options_in(SERVING + ACCESS)
+
+
+def test_options_named_alone_belong_to_the_commands_of_their_page(capsys: pytest.CaptureFixture[str]) -> None:
+    serve = options_in(help_of("serve", capsys))
+    issue = options_in(help_of("token issue", capsys))
+    assert options_in(" ".join(re.findall(r"`(--[^`]*)`", SERVING))) <= serve | options_in(
+        help_of("model profile", capsys)
+    )
+    assert options_in(" ".join(re.findall(r"`(--[^`]*)`", ACCESS))) <= serve | issue
+    assert issue - {"--help"} <= options_in(ACCESS)
+
+
+def test_the_settings_of_a_model_are_shown_whole_and_accepted(tmp_path: Path) -> None:
+    (shown,) = blocks("toml", SERVING)
+    path = tmp_path / "model.toml"
+    path.write_text(shown)
+    assert set(tomllib.loads(shown)) == set(ModelSettings.__struct_fields__)
+    assert read_settings(path) != ModelSettings()
+
+
+def test_access_files_are_accepted_and_every_field_is_explained() -> None:
+    for shown in blocks("toml", ACCESS):
+        assert decode_settings(shown.encode()).tenants
+    explained = set(re.findall(r"`\[?([a-z_]+)", " ".join(re.findall(r"^\| (`.*?) \|", ACCESS, re.MULTILINE))))
+    assert {name for kind in (Settings, Tenant, Client) for name in kind.__struct_fields__} <= explained
+
+
+def test_every_message_of_a_session_is_explained() -> None:
+    assert {"infer", *_ACTS} == set(re.findall(r"^\| `(\w+)` with ", SERVING, re.MULTILINE))
+
+
+def test_every_reason_against_batching_is_one_that_the_code_gives() -> None:
+    code = "".join((ROOT / "models" / "serving" / name).read_text() for name in ("batching.py", "loaded.py"))
+    table = SERVING.partition("| `off`, because |")[2].partition("\n\n")[0]
+    reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert len(reasons) == 9
+    for reason in reasons:
+        assert re.sub(r"^\d+ .*: |^input 'x' ", "", reason) in code, reason
+
+
+def test_every_make_target_a_page_names_exists() -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test", "bench"} <= named <= targets
