@@ -16,6 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from models.engines import available_engines
+from models.errors import TierlineError
 from models.serving.assembly import Listening, caching, serving
 from models.serving.http.server import HttpServer
 from models.serving.local import Local
@@ -93,7 +94,7 @@ def worker(argv: Sequence[str]) -> int:
             config = replace(config, port=options.http_port)
         configure_logging(config.node.id)
         return run_until_stopped(lambda: _announced(config))
-    except (SyncError, OSError) as error:
+    except (SyncError, TierlineError, OSError, ImportError, ValueError) as error:
         print(f"tierline worker: {error}", file=sys.stderr)
         return 2
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_node.config import EdgeConfig, load_edge_config
 from edge_node.node import EdgeNode, edge_node
+from models.errors import TierlineError
 from models.serving.process import announce, configure_logging, port_number, run_until_stopped
 from sync.errors import SyncError
 
@@ -23,7 +24,7 @@ def edge(argv: Sequence[str]) -> int:
         config = load_edge_config(options.config)
         configure_logging(config.node.id)
         return run_until_stopped(lambda: _announced(config, options.http_port))
-    except (SyncError, OSError) as error:
+    except (SyncError, TierlineError, OSError, ImportError, ValueError) as error:
         print(f"tierline edge: {error}", file=sys.stderr)
         return 2
 
@@ -35,6 +36,6 @@ async def _announced(config: EdgeConfig, port: int | None) -> AsyncIterator[Edge
     if port is not None:
         config = replace(config, listen=replace(config.listen, port=port))
     async with edge_node(config) as node:
-        announce(config.node.data / "edge.json", url=node.server.url, id=config.node.id)
-        print(f"edge node {config.node.id} answers on {node.server.url}", flush=True)
+        announce(config.node.data / "edge.json", url=node.server.url, id=config.node.id, addresses=dict(node.addresses))
+        print(f"edge node {config.node.id} answers on {', '.join(node.addresses.values())}", flush=True)
         yield node

@@ -10,7 +10,7 @@ The data plane needs neither the broker nor the hub: what was active is loaded f
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,9 +34,10 @@ TIER = "edge"
 
 @dataclass(frozen=True)
 class EdgeNode:
-    """A running edge node. `server.url` is its data plane."""
+    """A running edge node. `server.url` is its data plane; `addresses`: all it answers on, what -> URL."""
 
     server: HttpServer
+    addresses: Mapping[str, str]
     member: Member
     repository: Repository
     router: Router
@@ -74,7 +75,7 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
                     extra=mirror.routes,
                 ) as served,
             ):
-                yield EdgeNode(served.server, member, repository, router)
+                yield EdgeNode(served.server, served.addresses, member, repository, router)
     finally:
         await local.close()
         await repository.close()

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
 from models.errors import DeadlineExceeded, InvalidRequest, TierlineError
 from models.serving.cache.identity import Identities
 from models.serving.cache.key import request_key
@@ -132,12 +134,13 @@ class Cache:
                     self.hits += 1
                     return kept.give(request.model, request.id, self._clock() - start)
             self.misses += 1
+            looked = self._clock() - start
             answer = await self._inner.infer(request)
             if not answer.degraded and self._is_still(request, digest):
                 kept = self._keep(key, answer, bool(flight.waiting))
                 if kept is not None and second is not None:
                     second.put(key, kept.answer)
-            return answer
+            return replace(answer, timings={**answer.timings, "cache": looked})
         finally:
             del self._flights[key]
             if flight.waiting:
