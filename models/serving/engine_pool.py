@@ -39,6 +39,8 @@ STOPPING = "this node is stopping"
 Landed = Callable[[Sequence[Ticket], "Run | TierlineError | Sequence[Run | TierlineError]"], None]
 """Told in the loop how the runs of some tickets ended: one run for all of them, one error for all, or one of either each."""
 
+_Ended = tuple[list[Ticket], "Run | TierlineError | list[Run | TierlineError]"]
+
 
 class EnginePool:
     """`threads` for runs of any length and one for short ones. `places`: runs that may wait; see `RunQueue`."""
@@ -47,14 +49,14 @@ class EnginePool:
         self._queue = RunQueue(places, threads, lambda ticket: ticket.loaded.pace * ticket.rows)
         self._landed = landed
         self._clock = clock
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
         self._threads = threads
         self._started = False
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ended: deque[tuple[list[Ticket], Run | TierlineError | list[Run | TierlineError]]] = deque()
+        self._ended: deque[_Ended] = deque()
         self._telling = False
-        self._workers: dict[int, _Worker] = {}
+        self._workers: list[_Worker] = []  # the express one last
         self._lost = 0
         self._watch: asyncio.TimerHandle | None = None
 
@@ -71,25 +73,34 @@ class EnginePool:
         """In the loop. Raises Overloaded, or NotReady once closed."""
         if not self._started:
             self._start()
-        with self._turn:
+        with self._lock:
             if self._closed:
                 raise NotReady(STOPPING)
             self._queue.admit(ticket, self._clock())
-            self._turn.notify_all()
+            self._wake_one(_is_short(ticket))
         if self._watch is None and self._loop is not None:
             self._watch = self._loop.call_later(WAIT_SECONDS, self._look_after)
 
+    def _wake_one(self, short: bool) -> None:
+        """Under the lock: let one idle thread look for work, if any may take it. Waking all costs more than a small run."""
+        for worker in self._workers:
+            if worker.idle and (short or not worker.express):
+                worker.wake()
+                return
+
     def drop(self, ticket: Ticket) -> bool:
         """Nobody waits for this run any more. Whether it was taken back: it will not be made, and nobody will be told."""
-        with self._turn:
+        with self._lock:
             return self._queue.gone(ticket)
 
     def close(self) -> None:
         """Refuse what waits; runs under way end by themselves."""
-        with self._turn:
+        with self._lock:
             self._closed = True
             waiting = list(self._queue.drain())
-            self._turn.notify_all()
+            for worker in self._workers:
+                if worker.idle:
+                    worker.wake()
         if self._watch is not None:
             self._watch.cancel()
         for ticket in waiting:
@@ -97,7 +108,7 @@ class EnginePool:
 
     def stop_running(self) -> None:
         """End the runs under way, where the engine can."""
-        for worker in tuple(self._workers.values()):
+        for worker in tuple(self._workers):
             loaded = worker.running
             if loaded is not None:
                 worker.stopped = True
@@ -116,57 +127,79 @@ class EnginePool:
     def _hire(self, *, express: bool) -> None:
         worker = _Worker(express)
         thread = threading.Thread(target=self._work, args=(worker,), name="tierline-engine", daemon=True)
-        self._workers[id(worker)] = worker
+        self._workers.append(worker)
+        self._workers.sort(key=lambda each: each.express)
         thread.start()
 
     def _work(self, worker: _Worker) -> None:
         if not worker.express:
             _give_way()
+        ended: list[_Ended] = []
         while True:
-            tickets = self._next(worker)
-            if tickets is None:
-                return
-            first = tickets[0]
-            due = worker.since + first.cost
-            late = [ticket for ticket in tickets if ticket.gone or ticket.deadline < due]
-            live = [ticket for ticket in tickets if ticket not in late]
-            if late:
-                self._tell(late, DeadlineExceeded(f"'{first.loaded.identity}' was not reached within the deadline"))
-            if live:
-                self._tell(live, run_together(live, self._clock, worker))
-            took = self._clock() - worker.since
-            with self._turn:
-                worker.running = None
-                self._queue.ended(first, took if live else 0.0)
-                self._turn.notify()
-                if worker.lost:
-                    # It came back after all.
-                    first.loaded.stuck = False
-                    self._lost -= 1
+            tickets = self._next(worker, ended)
+            while tickets is None:
+                if worker.over:
                     return
+                worker.wait()
+                tickets = self._next(worker, ())
+            ended = self._run(worker, tickets)
 
-    def _next(self, worker: _Worker) -> list[Ticket] | None:
-        fits = _is_short if worker.express else _always
-        with self._turn:
-            while True:
-                if self._closed:
-                    return None
-                ticket = self._queue.pop(fits)
-                if ticket is not None:
-                    break
-                self._turn.wait(WAIT_SECONDS)
-            tickets = [ticket]
-            if ticket.loaded.batching.rows > 1:
-                tickets += self._queue.also(ticket, ticket.loaded.batching.rows)
-            worker.running, worker.since, worker.stopped = ticket.loaded, self._clock(), False
-            return tickets
+    def _run(self, worker: _Worker, tickets: list[Ticket]) -> list[_Ended]:
+        first = tickets[0]
+        due = worker.since + first.cost
+        late = [ticket for ticket in tickets if ticket.gone or ticket.deadline < due]
+        ended: list[_Ended] = []
+        if late:
+            tickets = [ticket for ticket in tickets if ticket not in late]
+            ended.append((late, DeadlineExceeded(f"'{first.loaded.identity}' was not reached within the deadline")))
+        if tickets:
+            ended.append((tickets, run_together(tickets, self._clock, worker)))
+        return ended
 
-    def _tell(self, tickets: list[Ticket], outcome: Run | TierlineError | list[Run | TierlineError]) -> None:
-        with self._turn:
-            self._ended.append((tickets, outcome))
-            if self._telling:
-                return
-            self._telling = True
+    def _next(self, worker: _Worker, ended: Sequence[_Ended]) -> list[Ticket] | None:
+        """Hand over what has ended and take the next run: the lock once for both, the loop woken last, so that this thread is
+        back in an engine, or asleep, when the loop needs the interpreter. None = there is nothing to do now."""
+        tell = False
+        with self._lock:
+            if ended:
+                tell = not self._telling
+                self._telling = True
+                self._ended.extend(ended)
+                self._end(worker)
+            worker.over = worker.over or self._closed
+            tickets = None if worker.over else self._take(worker)
+            worker.idle = tickets is None
+        if tell:
+            self._tell()
+        return tickets
+
+    def _end(self, worker: _Worker) -> None:
+        first, worker.first = worker.first, None
+        assert first is not None
+        worker.running = None
+        self._queue.ended(first, self._clock() - worker.since)
+        if worker.lost:
+            # It came back after all.
+            worker.lost = first.loaded.stuck = False
+        if worker.replaced:
+            worker.over = True
+            self._workers.remove(worker)
+            self._lost -= 1
+        elif worker.express or first.loaded.serial:
+            # What waits may be more than this thread may take.
+            self._wake_one(short=False)
+
+    def _take(self, worker: _Worker) -> list[Ticket] | None:
+        ticket = self._queue.pop(_is_short if worker.express else _always)
+        if ticket is None:
+            return None
+        tickets = [ticket]
+        if ticket.loaded.batching.rows > 1:
+            tickets += self._queue.also(ticket, ticket.loaded.batching.rows)
+        worker.first, worker.running, worker.since, worker.stopped = ticket, ticket.loaded, self._clock(), False
+        return tickets
+
+    def _tell(self) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(self._land)
@@ -176,7 +209,7 @@ class EnginePool:
     # --- in the loop -----------------------------------------------------------------------------------------------------
 
     def _land(self) -> None:
-        with self._turn:
+        with self._lock:
             self._telling = False
             ended, self._ended = self._ended, deque()
         for tickets, outcome in ended:
@@ -187,7 +220,7 @@ class EnginePool:
         self._watch = None
         now = self._clock()
         busy = False
-        for worker in tuple(self._workers.values()):
+        for worker in tuple(self._workers):
             loaded = worker.running
             if loaded is None or worker.lost:
                 continue
@@ -209,21 +242,36 @@ class EnginePool:
         loaded.stuck = True
         if self._lost < MAX_LOST:
             self._lost += 1
+            worker.replaced = True
             log.error("%s is stuck: it is refused from here on, its thread is replaced", loaded.identity)
             self._hire(express=worker.express)
 
 
 class _Worker:
-    """One thread: what it runs and since when."""
+    """One thread: what it runs and since when. `idle`: it waits to be woken; `over`: it ends. `lost`: its run
+    cannot be stopped; `replaced`: another thread was started for it."""
 
-    __slots__ = ("express", "lost", "running", "since", "stopped")
+    __slots__ = ("_gate", "express", "first", "idle", "lost", "over", "replaced", "running", "since", "stopped")
 
     def __init__(self, express: bool) -> None:
         self.express = express
+        self.first: Ticket | None = None
         self.running: Loaded | None = None
         self.since = 0.0
-        self.stopped = False
-        self.lost = False
+        self.stopped = self.lost = self.replaced = self.idle = self.over = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def wake(self) -> None:
+        """Under the pool's lock, once for each time that it is idle."""
+        self.idle = False
+        # Open already when it was woken as its wait ran out: it will not wait then.
+        if self._gate.locked():
+            self._gate.release()
+
+    def wait(self) -> None:
+        """Until it is woken, or a second has passed."""
+        self._gate.acquire(timeout=WAIT_SECONDS)
 
 
 def run_together(
