@@ -17,8 +17,25 @@ check: $(VENV)/.test           ## formatting, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.test h2load    ## cost per request, beside raw onnxruntime and a FastAPI baseline
+bench: $(VENV)/.bench $(VENV)/.test h2load  ## held against the budgets, beside raw onnxruntime and FastAPI (about 8 minutes)
 	$(BIN)/python tests/bench/run.py $(ARGS)
+
+bench-peers: $(VENV)/.bench $(VENV)/.test h2load  ## other model servers, each in its own environment (about 15 minutes)
+	$(BIN)/python tests/bench/rivals.py --venvs build/peers $(ARGS)
+
+backend: $(VENV)/.test         ## ONNX's own test cases through a running server
+	$(BIN)/python tests/proofs/backend.py $(ARGS)
+
+fuzz: $(VENV)/.test            ## 10,000 malformed requests over REST, gRPC and WebSocket
+	$(BIN)/python tests/proofs/fuzz.py $(ARGS)
+
+soak: $(VENV)/.test            ## 200 load cycles and 1,000 hot swaps under load
+	$(BIN)/python tests/proofs/soak.py $(ARGS)
+
+stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
+	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'
+	build/stubs/bin/python -m grpc_tools.protoc -I models/serving/grpc --python_out=models/serving/grpc models/serving/grpc/inference.proto
+	sed -i -e '1i # ruff: noqa\n# fmt: off' -e 's/_descriptor_pool\.Default()/_descriptor_pool.DescriptorPool()/' models/serving/grpc/inference_pb2.py
 
 zoo: $(VENV)/.convert          ## retrain the zoo's models into build/digits (needs torch; the model card has the other steps)
 	$(BIN)/python -m models.zoo.digits.train --work build/digits

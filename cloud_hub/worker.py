@@ -86,7 +86,7 @@ def worker(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         config = load_config(options.config, WorkerConfig)
-        if config.node.tier != TIER or config.host not in LOOPBACK:
+        if config.node.tier != TIER or {config.host, config.listen.metrics_host} - set(LOOPBACK):
             raise InvalidConfig(
                 f"{options.config}: node.tier must be 'cloud' and host loopback until nodes can be enrolled"
             )

@@ -45,9 +45,9 @@ def load_edge_config(path: Path) -> EdgeConfig:
     config = load_config(path, EdgeConfig)
     if config.node.tier != "edge":
         raise InvalidConfig(f"{path}: node.tier is {config.node.tier!r}, an edge node's is 'edge'")
-    if config.listen.host not in LOOPBACK:
+    if config.listen.host not in LOOPBACK or config.listen.metrics_host not in LOOPBACK:
         raise InvalidConfig(
-            f"{path}: listen.host {config.listen.host!r} is not loopback; until nodes can be enrolled "
+            f"{path}: listen.host or listen.metrics_host is not loopback; until nodes can be enrolled "
             "with certificates nothing binds beyond it"
         )
     return config

@@ -41,6 +41,11 @@ def serve(argv: Sequence[str]) -> int:
                 f"{arguments.host} can be reached from other machines, and tokens would travel unencrypted. "
                 "Use --tls-cert and --tls-key, or say --insecure if you mean it"
             )
+    if arguments.metrics_port is not None and not (arguments.insecure or _is_loopback(arguments.metrics_host)):
+        return _refuse(
+            f"--metrics-host {arguments.metrics_host} can be reached from other machines, and metrics and traces are open to "
+            "whoever reaches them. Use --metrics-host 127.0.0.1, or say --insecure if you mean it"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return run_until_stopped(lambda: _serving(arguments))
@@ -97,6 +102,7 @@ def _listening(arguments: argparse.Namespace) -> Listening:
         port=arguments.http_port,
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
+        metrics_host=arguments.metrics_host,
         unix=arguments.unix,
         access=arguments.access,
         tls=tls,
@@ -130,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     ports.add_argument("--http-port", type=port_number, default=8000, help="0 = any free one (default: 8000)")
     ports.add_argument("--grpc-port", type=port_number, help="gRPC as well; usual: 8001 (default: off)")
     ports.add_argument("--metrics-port", type=port_number, help="Prometheus metrics; usual: 8002 (default: off)")
+    ports.add_argument("--metrics-host", default="127.0.0.1", help="address of that port alone (default: 127.0.0.1)")
     ports.add_argument("--unix", metavar="PATH", help="a Unix socket as well, for this user's programs")
 
     who = parser.add_argument_group("who may use it")
@@ -137,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
     who.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
     who.add_argument("--client-ca", metavar="FILE", help="who signs clients' certificates, PEM")
-    who.add_argument("--origin", action="append", default=[], metavar="URL", help="web page that may open a WebSocket")
-    who.add_argument("--insecure", action="store_true", help="allow an open address that other machines can reach")
+    who.add_argument("--origin", action="append", default=[], metavar="URL", help="web page whose scripts may ask")
+    who.add_argument("--insecure", action="store_true", help="allow open addresses that other machines can reach")
 
     models = parser.add_argument_group("models")
     models.add_argument("--poll", type=_positive_seconds, metavar="SECONDS", help="look for changed files this often")

@@ -1,6 +1,6 @@
 """PyTorch files, TorchScript (`.pt`) and torch.export programs (`.pt2`), on the CPU. The only importer of torch.
 
-Both are programs, not data: load only what you trust as you trust code. What `torch_archive.screen` refuses keeps a
+Both are programs, not data: load only what you trust as you trust code. What `torch_archive.screened` refuses keeps a
 torch.export program to PyTorch's own operators; TorchScript is held by nothing but the process it runs in, so a file from
 elsewhere belongs in one with limits (`models.serving.isolated`).
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from models.engines import EngineOptions
-from models.engines.torch_archive import is_exported, samples, screen
+from models.engines.torch_archive import is_exported, screened
 from models.errors import ContractBreach, EngineFailure
 from models.tensor import Array, TensorSpec
 
@@ -55,13 +55,18 @@ class TorchEngine:
         if torch.get_num_threads() != options.threads:
             torch.set_num_threads(options.threads)
         try:
-            program = _exported(path, options) if is_exported(path) else _scripted(path, options)
+            program = _loaded(path, options)
         except ContractBreach:
             raise
         except Exception as error:
             # Damaged archives raise whatever the reader stumbled over: RuntimeError, KeyError, AssertionError, zlib's own.
             raise ContractBreach(f"PyTorch refuses the file: {_reason(error, path)}") from error
         return TorchSession(program)
+
+
+def _loaded(path: Path, options: EngineOptions) -> Program:
+    with path.open("rb") as file:
+        return _exported(file, options) if is_exported(file) else _scripted(path, options)
 
 
 class TorchSession:
@@ -114,16 +119,14 @@ def _closed(_: Sequence[Any]) -> Sequence[Any]:
 # --- torch.export --------------------------------------------------------------------------------------------------------
 
 
-def _exported(path: Path, options: EngineOptions) -> Program:
-    screen(path)
-    for name, data in samples(path).items():
-        try:
-            torch.load(io.BytesIO(data), weights_only=True)
-        except Exception as error:
-            # torch.export.load would go on to unpickle it without that bound.
-            raise ContractBreach(f"'{name}' holds more than plain tensors") from error
-    with path.open("rb") as file:
-        program = torch.export.load(file)
+def _exported(file: BinaryIO, options: EngineOptions) -> Program:
+    archive, samples = screened(file)
+    try:
+        torch.load(io.BytesIO(samples), weights_only=True)
+    except Exception as error:
+        # torch.export.load would go on to unpickle them without that bound.
+        raise ContractBreach("the sample inputs hold more than plain tensors") from error
+    program = torch.export.load(archive)
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = [_traced(name, nodes) for name in program.graph_signature.user_inputs]
     names = _output_names(program.call_spec.out_spec)

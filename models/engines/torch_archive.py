@@ -9,11 +9,11 @@ nothing: its code can read and write files through PyTorch's own operators.
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,29 @@ MAX_GRAPH_BYTES = 64 << 20
 """Largest JSON entry that is read (64 MiB): a zip of a few kilobytes can claim terabytes."""
 MAX_ENTRIES = 100_000
 """Most entries of one archive; a large model has a few thousand, one for each weight."""
+
+_ROOT = "model"
+_SAMPLES = "data/sample_inputs/model.pt"
+_NEEDED = frozenset(
+    {
+        "archive_format",
+        "archive_version",
+        ".data/version",
+        "models/model.json",
+        "data/weights/model_weights_config.json",
+        "data/constants/model_constants_config.json",
+        _SAMPLES,
+    }
+)
+# Data of a program's own that PyTorch need not see, beside what it takes notes in.
+_LEFT_OUT = re.compile(r"extra/.*|byteorder|\.data/(?!version\Z).*", re.DOTALL)
+# A name beyond these may be compiled code, or an object to be unpickled.
+_RECORD = re.compile(
+    rf"{'|'.join(map(re.escape, sorted(_NEEDED)))}|{_LEFT_OUT.pattern}"
+    r"|data/(weights/weight|constants/tensor)_[0-9]{1,9}",
+    re.DOTALL,
+)
+_PAYLOAD = re.compile(r"(weight|tensor)_[0-9]{1,9}")
 
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|quantized|quantized_decomposed)\.\w+\.[A-Za-z]\w*|torch\.sym_\w+|math\.[a-z]\w*"
@@ -50,9 +73,17 @@ _SIZE_WORD = re.compile(
 )
 
 
-def is_exported(path: Path) -> bool:
+class Screened(NamedTuple):
+    """What may be loaded. `archive`: written here, of screened records alone; `samples`: the pickled sample inputs in it."""
+
+    archive: io.BytesIO
+    samples: bytes
+
+
+def is_exported(file: BinaryIO) -> bool:
     """True for a torch.export program, False for TorchScript. Raises ContractBreach for anything else."""
-    entries = {entry.partition("/")[2] for entry in _entries(path)}
+    with _opened(file) as archive:
+        entries = {entry.partition("/")[2] for entry in archive.namelist()}
     if "archive_format" in entries:
         return True
     if "constants.pkl" in entries and any(entry.startswith("code/") for entry in entries):
@@ -62,32 +93,58 @@ def is_exported(path: Path) -> bool:
     raise ContractBreach("the file is neither TorchScript nor a torch.export program: it has no program, only data")
 
 
-def screen(path: Path) -> None:
-    """Raise ContractBreach, naming what, when loading this torch.export program could run more than its operators."""
-    with _opened(path) as archive:
-        for info in archive.infolist():
-            place = info.filename.partition("/")[2]
-            if place.startswith(("data/constants/", "data/weights/")) and place.endswith((".pt", ".pkl")):
-                raise ContractBreach(f"'{place}' is pickled: only plain tensors are accepted")
+def screened(file: BinaryIO) -> Screened:
+    """A torch.export program without anything that could run more than its operators.
+
+    Raises ContractBreach, naming what. Two readers of one zip file need not see the same: PyTorch's finds entries in any
+    case, and names, duplicates and headers can be made to tell each something else. So the program is copied into a new
+    archive, of the records that export writes and none besides, and only that is shown to PyTorch. Costs the file's size
+    in memory, until it is loaded; what happens to the file meanwhile does not matter.
+    """
+    copy = io.BytesIO()
+    samples = b""
+    with _opened(file) as archive, zipfile.ZipFile(copy, "w") as kept:
+        infos = _records(archive, file.seek(0, io.SEEK_END))
+        missing = sorted(_NEEDED - infos.keys())
+        if missing:
+            raise ContractBreach(f"the torch.export program has no '{missing[0]}'")
+        for place, info in infos.items():
+            if _LEFT_OUT.fullmatch(place):
+                continue
+            bounded = place.endswith((".json", ".pt"))
+            if bounded and info.file_size > MAX_GRAPH_BYTES:
+                raise ContractBreach(f"'{place}' has {info.file_size} bytes, at most {MAX_GRAPH_BYTES} are accepted")
+            data = archive.read(info)
             if place.endswith(".json"):
-                if info.file_size > MAX_GRAPH_BYTES:
-                    raise ContractBreach(
-                        f"'{place}' has {info.file_size} bytes, at most {MAX_GRAPH_BYTES} are accepted"
-                    )
-                _screen_json(place, archive.read(info))
+                _screen_json(place, data)
+            elif place == _SAMPLES:
+                samples = data
+            kept.writestr(f"{_ROOT}/{place}", data)
+    copy.seek(0)
+    return Screened(copy, samples)
 
 
-def samples(path: Path) -> dict[str, bytes]:
-    """The pickled sample inputs of a torch.export program, to be looked at by PyTorch's unpickler of plain data first."""
-    with _opened(path) as archive:
-        infos = [info for info in archive.infolist() if "/data/sample_inputs/" in info.filename]
-        return {info.filename.partition("/")[2]: _bounded(archive, info) for info in infos}
-
-
-def _bounded(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    if info.file_size > MAX_GRAPH_BYTES:
-        raise ContractBreach(f"'{info.filename}' has {info.file_size} bytes, at most {MAX_GRAPH_BYTES} are accepted")
-    return archive.read(info)
+def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The entries by their place below the one folder that holds them all, each one that export writes."""
+    infos = archive.infolist()
+    # Stored as they are, in all no more than the file: an entry can claim any size, or the bytes of others.
+    if sum(info.file_size for info in infos) > size:
+        raise ContractBreach("the archive unpacks to more bytes than it has")
+    root = infos[0].filename.partition("/")[0] if infos else ""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        folder, _, place = info.filename.partition("/")
+        shown = place[:100] or folder[:100]
+        if folder != root or not _RECORD.fullmatch(place):
+            if place.casefold().endswith((".pt", ".pkl")):
+                raise ContractBreach(f"'{shown}' is pickled: only plain tensors are accepted")
+            raise ContractBreach(f"'{shown}' does not belong into a torch.export program")
+        if place in found:
+            raise ContractBreach(f"the archive has '{shown}' twice")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ContractBreach(f"'{shown}' is compressed, which export does not do")
+        found[place] = info
+    return found
 
 
 def _screen_json(place: str, data: bytes) -> None:
@@ -98,6 +155,8 @@ def _screen_json(place: str, data: bytes) -> None:
     for key, value in _pairs(tree):
         if key == "use_pickle" and value:
             raise ContractBreach(f"'{place}' names a pickled tensor: only plain tensors are accepted")
+        if key == "path_name" and not (isinstance(value, str) and _PAYLOAD.fullmatch(value)):
+            raise ContractBreach(f"'{place}' names {str(value)[:100]!r}, which is no plain tensor")
         if key == "as_custom_obj" or (key == "custom_obj_values" and value):
             raise ContractBreach(f"'{place}' holds a custom object: only plain tensors are accepted")
         if key in _NAMED and isinstance(value, str) and not _NAME.fullmatch(value):
@@ -133,16 +192,11 @@ def _pairs(tree: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(node)
 
 
-def _entries(path: Path) -> list[str]:
-    with _opened(path) as archive:
-        return archive.namelist()
-
-
-def _opened(path: Path) -> zipfile.ZipFile:
+def _opened(file: BinaryIO) -> zipfile.ZipFile:
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ContractBreach(f"the file is not a PyTorch archive: {error}".replace(str(path), path.name)) from error
+        raise ContractBreach(f"the file is not a PyTorch archive: {error}") from error
     if len(archive.namelist()) > MAX_ENTRIES:
         archive.close()
         raise ContractBreach(f"the archive has more than {MAX_ENTRIES} entries")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from models.serving.access.pages import Pages
 from models.serving.cache.cache import DEFAULT_BYTES, Cache, SecondLevel
 from models.serving.cache.identity import RepositoryIdentities
 from models.serving.exchange import Handler
@@ -66,16 +67,18 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Listening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a data plane answers and what it keeps. Ports: 0 = chosen by the system, None = not at all.
 
-    `unix`: path of a socket, None = none. `access`: the access file (who may do what), None = open to whoever can connect.
-    `cache_mb`: for models that opt in; `cache_url`: a Redis or Valkey beside it. `jobs`: file of asynchronous inference, or a
-    Redis URL; None = there is none. `webhooks`: URLs below which a job's end may be told. `origins`: web pages that may open
-    a WebSocket. `otlp`: collector of sampled traces; `trace_share`: 0..1 of requests that nobody else has sampled.
+    `metrics_host`: where metrics and traces are, for whoever reaches it. `unix`: path of a socket, None = none. `access`: the
+    access file (who may do what), None = open to whoever can connect. `cache_mb`: for models that opt in; `cache_url`: a Redis
+    or Valkey beside it. `jobs`: file of asynchronous inference, or a Redis URL; None = there is none. `webhooks`: URLs below
+    which a job's end may be told. `origins`: web pages that may ask here. `otlp`: collector of sampled traces; `trace_share`:
+    0..1 of requests that nobody else has sampled.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int | None = None
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     unix: str | None = None
     access: str | None = None
     tls: Tls | None = None
@@ -153,7 +156,8 @@ async def serving(
         plane = DataPlane(meter, repository, ready=ready, access=access, control=control, statistics=meter)
         _watch(registry, guard, cache, repository, local, predictor)
         jobs = await _jobs(listening, plane, stack)
-        handler = RestHandler(plane, extra=_routes(listening, plane, jobs, registry, extra, stack))
+        routes = _routes(listening, plane, jobs, registry, extra, stack)
+        handler = RestHandler(plane, extra=routes, origins=listening.origins, host=listening.host)
         server = await stack.enter_async_context(
             serve_http(
                 handler,
@@ -177,9 +181,9 @@ async def serving(
         if listening.metrics_port is not None:
             watch_process(registry)
             await stack.enter_async_context(watching_loop(registry))
-            metrics = await stack.enter_async_context(
-                serve_http(metrics_handler(registry, tracer), host=listening.host, port=listening.metrics_port)
-            )
+            host = listening.metrics_host
+            scraped = Pages(listening.origins, host).around(metrics_handler(registry, tracer))
+            metrics = await stack.enter_async_context(serve_http(scraped, host=host, port=listening.metrics_port))
             addresses["metrics"] = f"{metrics.url}/metrics"
         yield Serving(server, plane, addresses)
 

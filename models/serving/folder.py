@@ -19,9 +19,10 @@ from models.contract import bind
 from models.engines import ENGINES, EngineOptions, Session, available_engines, get_engine, model_files
 from models.errors import ContractBreach, EngineFailure, NotFound, NotReady, NoUsableVariant, PackageError
 from models.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest
+from models.serving.confine import FILE_SHARE
 from models.serving.loaded import MAX_RUN_SECONDS, Identity, Loaded, blank_row
 from models.serving.model_settings import SETTINGS_FILE, ModelSettings, read_settings
-from models.serving.probe import ProbeRequest, file_request
+from models.serving.probe import ProbeLimits, ProbeRequest, file_request
 from models.serving.version_policy import AllVersions, choose_versions
 
 MAX_FILES = 10_000
@@ -95,15 +96,14 @@ class VersionFolder:
         Raises PackageError, or NotReady when the files are not those that were looked at.
         """
         self._check_unchanged()
-        if not self._digest:
-            self._digest = _digest(self.path, self.stamp)
+        digest = self._read_digest()
         manifest = _read_manifest(self.path / "manifest.json")
         options = self._options
         if manifest is not None:
             options = structs.replace(options, inputs=manifest.inputs, outputs=manifest.outputs)
         session = self._open_session(self.engine, self.file, options, self.settings)
         try:
-            loaded = self._describe(session, manifest, measured)
+            loaded = self._describe(session, manifest, digest, measured)
             self._check_unchanged()
         except BaseException:
             session.close()
@@ -111,11 +111,26 @@ class VersionFolder:
         return loaded
 
     def probe_request(self) -> ProbeRequest:
-        """What to try in a child before this is loaded here. Reads the file, for its digest. Raises PackageError, OSError."""
-        manifest = _read_manifest(self.path / "manifest.json")
-        return file_request(self.file, self.engine, manifest=manifest, options=self._options)
+        """What to try in a child before this is loaded here. Reads all files, for their digest: 60 ms for each 100 MB.
 
-    def _describe(self, session: Session, manifest: Manifest | None, measured: bool) -> Loaded:
+        The digest is of all of them because a model may keep its weights beside the file that is loaded.
+        Raises PackageError, OSError, or NotReady when the files are not those that were looked at.
+        """
+        manifest = _read_manifest(self.path / "manifest.json")
+        digest = self._read_digest()
+        self._check_unchanged()
+        beside = self.size - self.file.stat().st_size
+        limits = ProbeLimits(memory_bytes=ProbeLimits().memory_bytes + FILE_SHARE * beside)
+        return file_request(
+            self.file, self.engine, manifest=manifest, options=self._options, limits=limits, digest=digest
+        )
+
+    def _read_digest(self) -> str:
+        if not self._digest:
+            self._digest = _digest(self.path, self.stamp)
+        return self._digest
+
+    def _describe(self, session: Session, manifest: Manifest | None, digest: str, measured: bool) -> Loaded:
         package, precision, confidence = self.model, "", None
         if manifest is not None:
             package, confidence = manifest.package, manifest.confidence
@@ -124,8 +139,8 @@ class VersionFolder:
             session = bind(session, manifest.inputs, manifest.outputs)
         inputs = manifest.inputs if manifest else tuple(session.inputs)
         outputs = manifest.outputs if manifest else tuple(session.outputs)
-        # The file's own digest: a file put in the place of another under the same number is another model to a cache.
-        identity = Identity(package, self.version, self.engine, precision, variant=self._digest)
+        # The files' own digest: a file put in the place of another under the same number is another model to a cache.
+        identity = Identity(package, self.version, self.engine, precision, variant=digest)
         settings = self.settings
         samples = [blank_row(inputs), None] if settings.warmup else [None]
         for sample in samples:

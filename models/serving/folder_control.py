@@ -60,7 +60,7 @@ def probing(verdicts: Verdicts) -> Probe:
 def _request(version: VersionFolder) -> ProbeRequest | Verdict:
     try:
         return version.probe_request()
-    except (PackageError, OSError) as error:
+    except (TierlineError, OSError) as error:
         return Verdict(False, _reason(error))
 
 
@@ -145,8 +145,8 @@ class FolderControl:
         found: dict[tuple[str, str], ModelState] = {}
         for name in self._repository.names():
             for version, known in self._repository.versions(name).items():
-                state = "READY" if known.is_ready else "UNAVAILABLE"
-                found[name, version] = ModelState(name, version, state, "" if known.is_ready else known.problem)
+                reason = known.why_not_ready
+                found[name, version] = ModelState(name, version, "UNAVAILABLE" if reason else "READY", reason)
         for key in sorted(self._loading):
             found.setdefault(key, ModelState(*key, "LOADING", "being loaded"))
         for key in self._repository.draining():

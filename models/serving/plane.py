@@ -7,6 +7,7 @@ them. Only inferring itself goes to `predictor` directly, after `require`.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -90,13 +91,20 @@ class DataPlane:
         return {"name": model, "platform": known.platform, "backend": known.platform.partition("_")[0]}
 
     def statistics(self, caller: Caller, model: str | None, wanted: str | None) -> Sequence[ModelStatistics]:
+        """Of one model, None = of all that `caller` may know of and that have the version. Raises NotFound."""
         if model is not None:
             self.require(caller, model)
             self._index.describe(model, wanted)
         if self._statistics is None:
             return []
-        found = self._statistics.statistics(model, wanted)
-        return [each for each in found if self.access.may_use(caller, each.name)]
+        if model is not None:
+            return self._statistics.statistics(model, wanted)
+        found: list[ModelStatistics] = []
+        # One by one: an error that named another caller's model would tell that it exists.
+        for name in self.names(caller):
+            with suppress(NotFound):
+                found += [each for each in self._statistics.statistics(name, wanted) if each.name == name]
+        return found
 
     def states(self, caller: Caller, *, ready_only: bool = False) -> Sequence[ModelState]:
         """The repository index; without a control, of what is served."""

@@ -9,13 +9,24 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
 
+log = logging.getLogger("tierline.process")
+
 MAX_PORT = 65_535
+
+STOP_SECONDS = 30.0
+"""Longest that everything may take to be closed in order: supervisors kill what is still there after 30 to 90 s."""
+THREAD_SECONDS = 2.0
+"""How long threads may go on once all is closed: nothing can break off a file that is being loaded."""
+IDLE_SECONDS = 0.1
+"""Within which a thread ends that has nothing left to do."""
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a Python thread may keep the interpreter from the event loop. With the default of 5 ms, one busy thread beside
@@ -63,20 +74,86 @@ def announce(path: Path, **facts: object) -> None:
     staged.replace(path)
 
 
+class UnawaitedThreads(ThreadPoolExecutor):
+    """A loop's default executor that does not hold up the end of the loop: what runs in a thread may never end."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
 def run_until_stopped(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
-    """Enter `start()` on uvloop, stay until SIGINT or SIGTERM, leave it in order. Returns the process's exit code."""
+    """Enter `start()` on uvloop, stay until SIGINT or SIGTERM, leave it in order. Returns the process's exit code.
+
+    A signal while it is being entered breaks that off. The process ends `STOP_SECONDS` after the signal at the latest, and
+    `THREAD_SECONDS` after everything was closed when a thread does not end: for processes that do nothing else.
+    """
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    before = set(threading.enumerate())
+    stay = _Stay(start)
+    status = 1
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.get_loop().set_default_executor(UnawaitedThreads(thread_name_prefix="tierline-work"))
+            runner.run(stay.until_stopped())
+        status = 0
+    finally:
+        if stay.last_resort is not None:
+            stay.last_resort.cancel()
+        _end_despite(before, status)
+    return status
 
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
+
+class _Stay:
+    """`last_resort`: set off by the signal."""
+
+    def __init__(self, start: Callable[[], AbstractAsyncContextManager[object]]) -> None:
+        self.last_resort: threading.Timer | None = None
+        self._start = start
+        self._started = False
+        self._stop = asyncio.Event()
+
+    async def until_stopped(self) -> None:
+        staying = asyncio.create_task(self._stay())
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
-        async with start():
-            await stop.wait()
+            asyncio.get_running_loop().add_signal_handler(number, self._end, staying)
+        await asyncio.wait((staying,))
+        if not (staying.cancelled() and self._stop.is_set()):
+            staying.result()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-    return 0
+    async def _stay(self) -> None:
+        async with self._start():
+            self._started = True
+            await self._stop.wait()
+
+    def _end(self, staying: asyncio.Task[None]) -> None:
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self.last_resort = _ending_after(STOP_SECONDS, "not everything was closed", status=1)
+        if not self._started:
+            staying.cancel()
+
+
+def _end_despite(before: set[threading.Thread], status: int) -> None:
+    """Let the interpreter, which waits for every thread that is no daemon, do so for `THREAD_SECONDS` only."""
+    started = [each for each in threading.enumerate() if each not in before and not each.daemon]
+    for each in started:
+        each.join(IDLE_SECONDS)
+    names = ", ".join(sorted({each.name for each in started if each.is_alive()}))
+    if names:
+        _ending_after(THREAD_SECONDS, f"work in threads did not end ({names})", status=status)
+
+
+def _ending_after(seconds: float, reason: str, *, status: int) -> threading.Timer:
+    """A thread that ends this process, without any cleaning up, unless it is gone or the timer is cancelled by then."""
+
+    def end() -> None:
+        log.warning("%s within %g s: the process ends without it", reason, seconds)
+        os._exit(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer

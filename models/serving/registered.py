@@ -8,6 +8,7 @@ from models.serving.loaded import Loaded
 
 Opener = Callable[[bool], Loaded]
 """Loads and warms a version, in a thread. Told whether its batching was measured before and need not be again."""
+STUCK = "it is stuck in a run that cannot be stopped"
 
 
 class Registered:
@@ -55,7 +56,14 @@ class Registered:
     @property
     def is_ready(self) -> bool:
         """Whether it can answer: now, or once it is loaded again, which worked the last time."""
-        return self.loaded is not None or not self.problem
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> str:
+        """ "" when it can answer."""
+        if self.loaded is None:
+            return self.problem
+        return STUCK if self.loaded.stuck else ""
 
     def last_used(self) -> float:
         """Monotonic seconds; 0 while it is not loaded."""

@@ -91,7 +91,7 @@ class Repository:
         self._drained = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
         # One thread for all: freed in many threads, the memory of many versions is kept by as many allocator arenas.
-        self._closer = ThreadPoolExecutor(1, thread_name_prefix="tierline-close")
+        self._closer: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="tierline-close")
         self._trimming: asyncio.TimerHandle | None = None
         self.residency = Residency(budget=memory_budget, retire=self._retire, clock=clock)
 
@@ -163,7 +163,7 @@ class Repository:
         )
 
     def is_ready(self, model: str, version: str | None) -> bool:
-        """Whether it can answer: it is in memory, or was loaded when it was last wanted there."""
+        """Whether it can answer: it is in memory and not stuck, or was loaded when it was last wanted there."""
         return self.registered(model, version).is_ready
 
     def watch(self, changed: Callable[[str], None]) -> Callable[[], None]:
@@ -287,6 +287,9 @@ class Repository:
             self._trimming = None
         if self._closing:
             await asyncio.wait(self._closing, timeout=CLOSE_SECONDS)
+        if self._closer is not None:
+            closer, self._closer = self._closer, None  # runs that outlive this are closed in the loop's own threads
+            closer.shutdown(wait=False)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

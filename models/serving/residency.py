@@ -3,7 +3,8 @@
 A version that can be loaded again may be closed when another needs the room: the least recently used first, never one with
 runs in flight. A request for it waits until it is loaded again, at most until its deadline; however many ask, it is loaded
 once, in a thread. A version that was just loaded keeps its place for four times what its loading took, so that models which
-do not fit together take turns at serving instead of loading all the time.
+do not fit together take turns at serving instead of loading all the time. Room is given first come, first served, but a large
+version that waits for it does not hold up those that fit: they may pass it a bounded number of times.
 
 All methods belong to one event loop; only loading leaves it, one version after the other, so that each can be measured.
 """
@@ -16,10 +17,12 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import NamedTuple
 
 from models.errors import DeadlineExceeded, NotReady, Overloaded, PackageError
 from models.serving.drive import Parked
+from models.serving.flight import Flight
 from models.serving.loaded import Loaded
 from models.serving.memory import resident_bytes
 from models.serving.registered import Opener, Registered
@@ -31,7 +34,7 @@ LOAD_SECONDS = 600.0
 MAX_WAITERS = 256
 """Requests that may wait for one version to come back: each holds its input tensors in memory."""
 ROOM_SECONDS = 0.005
-"""How often a version that waits for room looks whether others have become idle."""
+"""How often it is looked whether there is room for those that wait for it."""
 HOLD_FACTOR = 4.0
 """A version keeps its place for this many times its loading time: at most a fifth of the time goes to loading."""
 MIN_HOLD_SECONDS = 0.25
@@ -61,24 +64,6 @@ class Opened(NamedTuple):
     seconds: float
 
 
-class Flight:
-    """One loading on demand and those who wait for it."""
-
-    __slots__ = ("loading", "task", "waiters")
-
-    def __init__(self) -> None:
-        self.waiters: set[Parked[None]] = set()
-        self.loading = False
-        self.task: asyncio.Task[None] | None = None
-
-    def land(self, reason: str) -> None:
-        for waiter in list(self.waiters):
-            if reason:
-                waiter.fail(NotReady(reason))
-            else:
-                waiter.give(None)
-
-
 class Residency:
     """`budget`: bytes that loaded versions may cost together, None = no bound. `retire`: takes a version out of use, and
     closes it when its last run is over."""
@@ -95,7 +80,8 @@ class Residency:
         self._clock = clock
         self._members: dict[Registered, None] = {}
         self._flights: dict[Registered, Flight] = {}
-        self._queue = asyncio.Lock()
+        self._waiting: dict[Registered, Flight] = {}
+        self._looking: asyncio.TimerHandle | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tierline-load")
         self._reserved = 0
         self._closed = False
@@ -116,7 +102,7 @@ class Residency:
         """
         need = stated or floor
         self._check_fits(need)
-        self._make_room(need, held=False, enough=False)
+        self._make_room(need, self._clock(), held=False, enough=False)
         self._reserved += need
         try:
             opened = await self._load(opener, False)
@@ -130,7 +116,7 @@ class Residency:
             self.drop(registered)
             raise
         self._members[registered] = None
-        self._make_room(0, held=False, enough=False, keep=registered)
+        self._make_room(0, self._clock(), held=False, enough=False, keep=registered)
         return registered
 
     def drop(self, registered: Registered) -> None:
@@ -150,6 +136,9 @@ class Residency:
     async def close(self) -> None:
         """Load no more; those who wait get NotReady."""
         self._closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
         flights = list(self._flights.values())
         tasks = [flight.task for flight in flights if flight.task is not None]
         for task in tasks:
@@ -186,7 +175,7 @@ class Residency:
             flight.waiters.discard(waiter)
 
     def _take_off(self, registered: Registered) -> Flight:
-        flight = self._flights[registered] = Flight()
+        flight = self._flights[registered] = Flight(self._clock())
         flight.task = asyncio.get_running_loop().create_task(self._fly(registered, flight))
         return flight
 
@@ -208,26 +197,56 @@ class Residency:
 
     async def _reload(self, registered: Registered, flight: Flight) -> str:
         """Why it could not be loaded, "" when it is or need not be any more."""
-        # One at a time, first come, first served: else small models would for ever take the room that a large one waits
-        # for. Nobody holds this longer than its own waiters' deadlines.
-        async with self._queue:
-            while not self._make_room(registered.cost, held=True, enough=True):
-                if registered.gone or not flight.waiters:
-                    return ""
-                await asyncio.sleep(ROOM_SECONDS)
-            self._reserved += registered.cost
-        flight.loading = True
+        self._waiting[registered] = flight
+        self._give_room()
         try:
+            if not await flight.room:
+                return ""
+            flight.loading = True
             opened = await self._load(registered.opener, True)
         except Exception as error:  # noqa: BLE001 - whatever a file or a framework does, those who wait must learn of it
             return self._failed(registered, error)
         finally:
-            self._reserved -= registered.cost
+            self._waiting.pop(registered, None)
+            if flight.has_room:
+                self._reserved -= registered.cost
         if registered.gone:
             self._retire(registered, opened.loaded)
         else:
             registered.arrived(opened.loaded, self._clock(), opened.seconds)
         return ""
+
+    def _give_room(self) -> None:
+        """To those that wait for it, first come, first served, except that what fits now may pass what does not, so often.
+
+        Called when one begins to wait, and every `ROOM_SECONDS` while any does.
+        """
+        now = self._clock()
+        passed: list[Flight] = []
+        least, open_to_all = inf, True
+        for registered, flight in list(self._waiting.items()):
+            if flight.room.done():
+                continue
+            # What costs as much as one that found no room finds none either.
+            if open_to_all and registered.cost < least and self._make_room(registered.cost, now, since=flight.since):
+                del self._waiting[registered]
+                self._reserved += registered.cost
+                flight.room.set_result(True)
+                for each in passed:
+                    each.overtaken, each.overtaken_at = each.overtaken + 1, now
+            elif registered.gone or not flight.waiters:
+                del self._waiting[registered]
+                flight.room.set_result(False)
+            else:
+                least = min(least, registered.cost)
+                open_to_all = open_to_all and flight.may_be_overtaken(now)
+                passed.append(flight)
+        if self._waiting and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(ROOM_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._looking = None
+        self._give_room()
 
     def _failed(self, registered: Registered, error: Exception) -> str:
         registered.attempts += 1
@@ -265,20 +284,29 @@ class Residency:
             have, want = self.budget / MEGABYTE, cost / MEGABYTE
             raise PackageError(f"it needs about {want:.1f} MB of memory, more than the whole budget of {have:.1f} MB")
 
-    def _make_room(self, need: int, *, held: bool, enough: bool, keep: Registered | None = None) -> bool:
+    def _make_room(
+        self,
+        need: int,
+        now: float,
+        *,
+        since: float = inf,
+        held: bool = True,
+        enough: bool = True,
+        keep: Registered | None = None,
+    ) -> bool:
         """Evict until `need` more bytes are within the budget; whether they are.
 
-        `held`: leave those that were loaded a moment ago. `enough`: evict nothing unless it is enough.
+        `since`: when the one that needs them began to wait. `held`: leave those that were loaded a moment ago. `enough`:
+        evict nothing unless it is enough.
         """
         if self.budget is None:
             return True
         over = self._used() + need - self.budget
-        now = self._clock()
         chosen = []
         for each in sorted(self._members, key=Registered.last_used):
             if over <= 0:
                 break
-            if each is not keep and each.is_idle and not (held and now < each.loaded_at + _hold(each)):
+            if each is not keep and each.is_idle and not (held and now < each.loaded_at + _hold(each, since)):
                 chosen.append(each)
                 over -= each.cost
         if over <= 0 or not enough:
@@ -299,7 +327,10 @@ def _close_unwanted(work: asyncio.Future[Opened]) -> None:
         work.result().loaded.session.close()
 
 
-def _hold(registered: Registered) -> float:
+def _hold(registered: Registered, since: float) -> float:
+    """Seconds for which it keeps its place against one that waits since then; those that overtook it keep theirs least."""
+    if registered.loaded_at > since:
+        return MIN_HOLD_SECONDS
     return min(max(HOLD_FACTOR * registered.load_seconds, MIN_HOLD_SECONDS), MAX_HOLD_SECONDS)
 
 

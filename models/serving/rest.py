@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from functools import lru_cache
 from math import isfinite
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from models.errors import InvalidRequest, MethodNotAllowed, TierlineError, TryAgain, UnsupportedEncoding
+from models.serving.access.pages import Pages
 from models.serving.caller import Caller
 from models.serving.codec import MAX_JSON_BYTES, Heads, OutputForm, decode_request, encode_response
 from models.serving.exchange import (
@@ -39,8 +40,9 @@ log = logging.getLogger("tierline.rest")
 BINARY_HEADER = b"inference-header-content-length"
 DEADLINE_HEADER = b"tierline-deadline-ms"
 
+_PAGE_TYPES = frozenset((b"application/json", b"application/octet-stream", b""))
 # What curl sends unasked stands beside JSON: the body is decoded as JSON whatever the header says.
-_BODY_TYPES = frozenset((b"application/json", b"application/octet-stream", b"application/x-www-form-urlencoded", b""))
+_BODY_TYPES = _PAGE_TYPES | {b"application/x-www-form-urlencoded"}
 
 
 class InferPlan(msgspec.Struct):
@@ -69,14 +71,22 @@ class RestHandler:
     """Answers the protocol's routes, and hands paths below a prefix of `extra` to another handler.
 
     A prefix is one or two segments, starts with '/' and matches itself and what is below it: "/blobs" takes /blobs and
-    /blobs/x.
+    /blobs/x. `origins`, `host`: see `models.serving.access.pages.Pages`; they hold for `extra` too.
     """
 
-    def __init__(self, plane: DataPlane, *, extra: Mapping[str, Handler] | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        *,
+        extra: Mapping[str, Handler] | None = None,
+        origins: Collection[str] = (),
+        host: str = "",
+    ) -> None:
         self._plane = plane
         self._predictor = plane.predictor
         self._access = plane.access
         self._extra = dict(extra or {})
+        self._pages = Pages(origins, host)
         self._heads: Heads = {}
         self._expander = Expander()
 
@@ -104,24 +114,33 @@ class RestHandler:
 
     async def _first(self, request: HttpRequest) -> HttpResponse:
         head = request.head
+        self._pages.require(head.headers)
         parts = head.path.split("/", 3)
         extra = self._extra.get("/".join(parts[:2])) or self._extra.get("/".join(parts[:3]))
         if extra is not None:
+            if self._pages.is_misnamed(head):
+                self._identify(head)
             return await extra(request)
         route = find_route(head.path)
         if head.method not in route.methods:
             raise MethodNotAllowed(f"{head.path} takes {' or '.join(route.methods)}, not {head.method}")
         revision = self._access.revision
         if route.act is INFER:
-            caller = self._access.identify(head.peer, head.headers.get(b"authorization"))
+            caller = self._identify(head)
             self._plane.require(caller, route.model)
             plan = head.memo = _plan(head, route.model, route.version, caller, revision)
             infer = self._infer_coded if plan.coded else self._infer
             return await infer(request.body, plan, time.monotonic())
-        caller = Caller()
-        if not route.open:
-            caller = self._access.identify(head.peer, head.headers.get(b"authorization"))
+        caller = Caller() if route.open else self._identify(head)
+        if head.method == "POST":
+            _check_type(head.headers)
         return await route.act(self._plane, caller, request, route.model, route.version)
+
+    def _identify(self, head: HttpHead) -> Caller:
+        caller = self._access.identify(head.peer, head.headers.get(b"authorization"))
+        if caller.client is None:
+            self._pages.require_name(head)
+        return caller
 
     async def _infer_coded(self, body: bytes, plan: InferPlan, now: float) -> HttpResponse:
         """Compressed in, out or both. The header's length counts bytes of the expanded body (Triton's extension)."""
@@ -201,7 +220,9 @@ def _plan(head: HttpHead, model: str, version: str | None, caller: Caller, revis
 
 def _check_type(headers: Mapping[bytes, bytes]) -> None:
     kind = headers.get(b"content-type", b"")
-    if kind not in _BODY_TYPES and kind.partition(b";")[0].strip().lower() not in _BODY_TYPES:
+    # A form is what a page may send to any site without asking first.
+    known = _PAGE_TYPES if b"origin" in headers else _BODY_TYPES
+    if kind not in known and kind.partition(b";")[0].strip().lower() not in known:
         raise UnsupportedEncoding(
             f"content type {kind.decode('latin-1')!r} is neither JSON nor application/octet-stream"
         )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from models.errors import InvalidRequest, Overloaded, TooLarge, UnsupportedEncoding
 from models.serving.exchange import HttpRequest, HttpResponse
+from models.serving.memory import give_back
 
 MAX_EXPANDED_BYTES = 64 * 1024 * 1024
 """Most bytes one body may expand to: what the server takes uncompressed, too."""
@@ -82,12 +83,18 @@ def _weight(parameter: str) -> float:
     return weight if name.strip() == "q" and 0 <= weight <= 1 else 0.0
 
 
+TRIM_BYTES = 16 * 1024 * 1024
+"""After so many expanded bytes at once the allocator would keep tens of megabytes in pieces that nothing else fits."""
+
+
 class Expander:
     """Expands bodies; `held` counts the bytes of all that were not given back. For one event loop."""
 
     def __init__(self, max_held: int = MAX_HELD_BYTES) -> None:
         self.held = 0
         self._max_held = max_held
+        self._peak = 0
+        self._trimming = False
 
     async def expand(self, body: bytes, coding: str, limit: int = MAX_EXPANDED_BYTES) -> bytes:
         """`body` without its coding, at most `limit` bytes of it; to be given back by `release(len(...))`.
@@ -113,8 +120,16 @@ class Expander:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def release(self, size: int) -> None:
-        """`size` expanded bytes are needed no more."""
+        """`size` expanded bytes are needed no more. After many the allocator is asked, off the loop, to let go of them too."""
+        self._peak = max(self._peak, self.held)
         self.held -= size
+        if self._peak >= TRIM_BYTES and self.held < self._peak // 2 and not self._trimming:
+            self._trimming = True
+            self._peak = 0
+            asyncio.get_running_loop().run_in_executor(None, give_back).add_done_callback(self._trimmed)
+
+    def _trimmed(self, _: object) -> None:
+        self._trimming = False
 
     def _hold(self, held: int, more: int, limit: int) -> int:
         if held + more > limit:

@@ -68,7 +68,7 @@ class Verdicts:
 
 
 def _name(request: ProbeRequest) -> str:
-    """`<file digest>-<engine>-<promise>.json`.
+    """`<digest>-<engine>-<promise>.json`, the digest being of everything that is loaded with the file.
 
     The promise is part of the name because a good file under a wrong manifest is refused, and must be accepted once the
     manifest is right; the framework's release because another one may crash or not.

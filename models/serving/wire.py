@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
@@ -113,7 +113,7 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._free = size
         self._idle: list[Connection] = []
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # the longest first
         self._open = set[Connection]()
         self._closed = False
 
@@ -208,7 +208,7 @@ class Pool:
             raise Overloaded(f"{MAX_WAITING} calls to {self._peer} wait for a connection already")
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(turn)
+        self._waiting[turn] = None
         timer = loop.call_at(deadline, _expire, turn, self._peer)
         try:
             await turn
@@ -218,10 +218,11 @@ class Pool:
             raise
         finally:
             timer.cancel()
+            self._waiting.pop(turn, None)
 
     def _give_back(self) -> None:
         while self._waiting:
-            turn = self._waiting.popleft()
+            turn, _ = self._waiting.popitem(last=False)
             if not turn.done():
                 turn.set_result(None)
                 return

@@ -1,4 +1,4 @@
-"""What one would write without Tierline: FastAPI, pydantic, onnxruntime. Usage: fastapi_baseline.py MODEL PORT."""
+"""What one would write without Tierline: FastAPI, pydantic, onnxruntime. Usage: fastapi_baseline.py NAME MODEL PORT."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+NAME, MODEL, PORT = sys.argv[1:]
+
 app = FastAPI()
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
 
 
 class Tensor(BaseModel):
@@ -32,16 +34,15 @@ class Answer(BaseModel):
     outputs: list[Tensor]
 
 
-@app.post("/v2/models/mlp/infer")
+@app.post(f"/v2/models/{NAME}/infer")
 async def infer(request: Inference) -> Answer:
     feed = {tensor.name: np.array(tensor.data, np.float32).reshape(tensor.shape) for tensor in request.inputs}
     (y,) = session.run(["y"], feed)
     output = Tensor(name="y", datatype="FP32", shape=list(y.shape), data=y.ravel().tolist())
-    return Answer(model_name="mlp", outputs=[output])
+    return Answer(model_name=NAME, outputs=[output])
 
 
 if __name__ == "__main__":
-    port = int(sys.argv[2])
     uvicorn.run(
-        app, host="127.0.0.1", port=port, http="httptools", loop="uvloop", access_log=False, log_level="warning"
+        app, host="127.0.0.1", port=int(PORT), http="httptools", loop="uvloop", access_log=False, log_level="warning"
     )

@@ -6,18 +6,17 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from models.errors import Unauthenticated
-from models.serving.access.revoked import NOTHING, Revoked, load_revoked
-from models.serving.access.settings import InvalidAccess, Settings, load_settings
-from models.serving.access.tokens import CLOCK_SKEW_SECONDS, MAX_TOKEN_BYTES, Claims, jws, verify
-from models.serving.access.watch import Watch
+from models.errors import Overloaded, Unauthenticated
+from models.serving.access.files import Files, State
+from models.serving.access.settings import InvalidAccess
+from models.serving.access.tokens import CLOCK_SKEW_SECONDS, MAX_TOKEN_BYTES, Claims, find_key, require_valid, verify
 from models.serving.buckets import Bucket, Recent
 from models.serving.caller import Caller, Peer
 
@@ -27,21 +26,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("tierline.access")
 
 MAX_REMEMBERED = 4096
-"""Verified tokens and certificates that are remembered; only who holds one can fill this."""
+"""Verified tokens that are remembered; only who holds one can fill this."""
 FAILURES_PER_SECOND = 20.0
 FAILURES_AT_ONCE = 100
 MAX_ADDRESSES = 1024
-"""Tokens of one address that may fail to verify: each costs four times what serving a small model does. Counted for so many
-addresses, the latest."""
+"""Tokens of one address that may fail once their signature was looked at, which costs four times what serving a small model
+does; what has not the form of a token or names no key of ours costs little and is not counted. Counted for so many addresses,
+the latest. Tokens known to be good are not held up."""
+RETRY_SECONDS = 1.0
+"""When to come back after that: others may then be looked at, `FAILURES_PER_SECOND` of them."""
 
 
-class _State(msgspec.Struct, frozen=True):
-    """Everything that was read from files, replaced as a whole."""
+class _Verified(msgspec.Struct, frozen=True):
+    """A token whose signature held under `key`. `caller`: who that was when the access had this `revision`."""
 
-    settings: Settings
-    keys: Mapping[str, Ed25519PublicKey]
-    revoked: Revoked
-    wrong: tuple[str, ...]
+    kid: str
+    key: Ed25519PublicKey
+    claims: Claims
+    caller: Caller
+    revision: int
 
 
 class CheckedAccess:
@@ -49,7 +52,7 @@ class CheckedAccess:
 
     `listening`: the hosts that this server listens on, "unix" for a Unix socket; what is open to local clients depends on
     it. `clock`: seconds of the epoch. A file that becomes unreadable while the server runs changes nothing: the error is
-    logged, what was read last holds on. Raises InvalidAccess.
+    logged, what it said last holds on, and the other files count. Raises InvalidAccess.
     """
 
     def __init__(
@@ -60,7 +63,6 @@ class CheckedAccess:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path = path
         self._listening = tuple(listening)
         self._clock = clock
         self._monotonic = monotonic
@@ -69,15 +71,16 @@ class CheckedAccess:
         self._failures: Recent[str, Bucket] = Recent(
             lambda address: Bucket(FAILURES_PER_SECOND, FAILURES_AT_ONCE), MAX_ADDRESSES
         )
-        self._watch = Watch(_files(path, load_settings(path)), monotonic)
-        state = _load(path)
+        self._known: OrderedDict[bytes, _Verified] = OrderedDict()
+        self._files = Files(path, monotonic)
+        state = self._files.read()
         if state.wrong:
             raise InvalidAccess(state.wrong[0])
         self._apply(state)
 
     @property
     def revision(self) -> int:
-        if self._monotonic() >= self._watch.due:
+        if self._monotonic() >= self._files.due:
             self._refresh()
         return self._revision
 
@@ -87,8 +90,12 @@ class CheckedAccess:
         return bool(self._state.keys)
 
     def identify(self, peer: Peer, authorization: bytes | None) -> Caller:
-        """A token counts before a certificate, a certificate before being local. Raises Unauthenticated."""
-        if self._monotonic() >= self._watch.due:
+        """A token counts before a certificate, a certificate before being local.
+
+        Raises Unauthenticated, and Overloaded where too many tokens of the same address did not verify lately: that says
+        nothing about this one.
+        """
+        if self._monotonic() >= self._files.due:
             self._refresh()
         if authorization is not None:
             return self._by_token(peer, authorization)
@@ -123,26 +130,36 @@ class CheckedAccess:
             raise Unauthenticated(f"the bearer token is malformed: more than {MAX_TOKEN_BYTES} bytes")
         digest = hashlib.sha256(credential).digest()
         known = self._known.get(digest)
-        if known is not None and self._monotonic() < known.expires:
-            self._known.move_to_end(digest)
-            return known
-        caller = self._verified(peer.address, credential)
-        self._remember(digest, caller)
-        return caller
+        if known is None or self._state.keys.get(known.kid) != known.key:
+            known = self._known[digest] = self._verified(peer.address, credential.decode("latin-1"))
+            if len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+            return known.caller
+        if known.revision != self._revision or self._monotonic() >= known.caller.expires:
+            # The same bytes under the same key: the signature holds, what else there is to say may have changed.
+            known = self._known[digest] = self._entry(known.kid, known.key, known.claims)
+        self._known.move_to_end(digest)
+        return known.caller
 
-    def _verified(self, address: str, credential: bytes) -> Caller:
+    def _verified(self, address: str, token: str) -> _Verified:
+        """Raises Unauthenticated, and Overloaded before a signature is looked at."""
+        state = self._state
+        kid, key = find_key(token, state.keys)
         failures = self._failures.known(address)
         if failures is not None and failures.is_empty(self._monotonic()):
-            raise Unauthenticated("too many tokens from this address did not verify; wait a second")
-        state, now = self._state, self._clock()
+            raise Overloaded("too many tokens from this address did not verify", RETRY_SECONDS)
         try:
-            claims = verify(credential.decode("latin-1"), state.keys, state.settings.audience, now)
+            return self._entry(kid, key, verify(token, key, state.settings.audience, self._clock()))
         except Unauthenticated:
             self._failures[address].take(self._monotonic())
             raise
-        if state.revoked.covers(claims.sub, claims.jti, claims.iat):
+
+    def _entry(self, kid: str, key: Ed25519PublicKey, claims: Claims) -> _Verified:
+        now = self._clock()
+        require_valid(claims, self.settings.audience, now)
+        if self._state.revoked.covers(claims.sub, claims.jti, claims.iat):
             raise Unauthenticated("the token has been revoked")
-        return self._caller_of(claims, now)
+        return _Verified(kid, key, claims, self._caller_of(claims, now), self._revision)
 
     def _caller_of(self, claims: Claims, now: float) -> Caller:
         listed = self.settings.clients.get(claims.sub)
@@ -158,9 +175,6 @@ class CheckedAccess:
         return Caller(claims.sub, tenant, admin, claims.models, expires)
 
     def _by_certificate(self, name: str) -> Caller:
-        known = self._known.get(name)
-        if known is not None:
-            return known
         if self._state.revoked.covers(name):
             raise Unauthenticated("the certificate's client has been revoked")
         settings = self.settings
@@ -172,9 +186,7 @@ class CheckedAccess:
             raise Unauthenticated(f"the certificate is good, but its name '{name}' is no client's of this server")
         admin = listed is not None and listed.admin
         self._check_tenant(tenant, admin, "the certificate")
-        caller = Caller(name, tenant, admin)
-        self._remember(name, caller)
-        return caller
+        return Caller(name, tenant, admin)
 
     def _check_tenant(self, tenant: str | None, admin: bool, what: str) -> None:
         # An administrator belongs to no tenant; anybody else without one would see every tenant's models.
@@ -187,14 +199,9 @@ class CheckedAccess:
     def _is_open(self, peer: Peer) -> bool:
         return self._open and peer.is_local and (peer.address != "unix" or "unix" in self._listening)
 
-    def _remember(self, key: bytes | str, caller: Caller) -> None:
-        self._known[key] = caller
-        if len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
-
     # --- what was read -----------------------------------------------------------------------------------------------------
 
-    def _apply(self, state: _State) -> None:
+    def _apply(self, state: State) -> None:
         self._state = state
         self.settings = state.settings
         settings = state.settings
@@ -204,48 +211,26 @@ class CheckedAccess:
         self._wanted = "this needs a credential: " + (
             "a bearer token in the authorization header" if state.keys else "a TLS client certificate"
         )
-        self._known: OrderedDict[bytes | str, Caller] = OrderedDict()
         self._revision += 1
 
     def _refresh(self) -> None:
-        if not self._watch.changed():
+        if not self._files.changed():
             return
+        before = self._state
         try:
-            files = _files(self._path, load_settings(self._path))
-            if files != self._watch.paths:
-                self._watch.watch(files)  # before they are read, so that no change is missed
-            state = _load(self._path)
-        except InvalidAccess as error:
-            self._watch.look_again()
-            if str(error) != self._trouble:
-                log.warning("what was read before holds on: %s", error)
-            self._trouble = str(error)
-            return
-        self._trouble = ""
-        for each in state.wrong:
-            log.warning("left out: %s", each)
-        self._apply(state)
-        log.info("access: read again, revision %d", self._revision)
-
-
-def _files(path: Path, settings: Settings) -> tuple[Path, ...]:
-    named = (settings.keys, settings.revoked)
-    return (path, *(path.parent / each for each in named if each is not None))
-
-
-def _load(path: Path) -> _State:
-    settings = load_settings(path)
-    keys: Mapping[str, Ed25519PublicKey] = {}
-    revoked, wrong = NOTHING, list[str]()
-    if settings.keys is not None:
-        # Here, not above: a server that knows certificates alone starts without loading cryptography.
-        from models.serving.access.keys import load_keys
-
-        jws()  # a missing package is an error now, not at the first token
-        keys = load_keys(path.parent / settings.keys)
-    if settings.revoked is not None:
-        revoked, wrong = load_revoked(path.parent / settings.revoked)
-    return _State(settings, keys, revoked, tuple(wrong))
+            state = self._files.read()
+        except InvalidAccess:
+            state = before
+        trouble = self._files.troubles
+        if trouble and trouble != self._trouble:
+            log.warning("what was read before holds on: %s", trouble)
+        self._trouble = trouble
+        if state.revoked is not before.revoked:
+            for each in state.wrong:
+                log.warning("left out: %s", each)
+        if (state.settings, state.keys, state.revoked) != (before.settings, before.keys, before.revoked):
+            self._apply(state)
+            log.info("access: read again, revision %d", self._revision)
 
 
 def _matches(patterns: tuple[str, ...] | None, model: str) -> bool:

@@ -17,6 +17,8 @@ from models.serving.access.watch import Watch
 
 log = logging.getLogger("tierline.tls")
 
+Configure = Callable[[ssl.SSLContext], None]
+
 TLS12_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Forward secret and authenticated, RFC 9325 4.2; TLS 1.3 has no others."""
 
@@ -30,48 +32,60 @@ def server_context(
     may come without, and be known by a token. A certificate that does not verify is refused either way.
 
     The files are looked at when a client connects, at most once a second: connections made after a renewal get the new
-    certificate (and the new client CA), those made before it go on. A renewal that does not load is logged, and the old
-    certificate stays. Raises InvalidAccess naming the file.
+    certificate (and the new client CA, whatever session they would resume), those made before it go on. A renewal that does
+    not load is logged, and the old certificate stays. For event loops: `wrap_socket` would know no renewals. Raises
+    InvalidAccess naming the file.
     """
 
-    def make() -> ssl.SSLContext:
-        return _context(cert, key, client_ca, client_required)
+    def configure(context: ssl.SSLContext) -> None:
+        _configure(context, cert, key, client_ca, client_required)
 
-    return _Renewing(make, Watch([each for each in (cert, key, client_ca) if each is not None])).front
+    return _Renewing(configure, Watch([each for each in (cert, key, client_ca) if each is not None]))
 
 
-class _Renewing:
-    """Clients begin with `front`, which hands each over to the latest context."""
+class _Renewing(ssl.SSLContext):
+    """Every connection is made from the latest context: sessions that an earlier one kept cannot be resumed in it."""
 
-    def __init__(self, make: Callable[[], ssl.SSLContext], watch: Watch) -> None:
-        self._make = make
+    def __new__(cls, configure: Configure, watch: Watch) -> _Renewing:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self, configure: Configure, watch: Watch) -> None:
+        self._configure = configure
         self._watch = watch
         self._trouble = ""
-        self.front = self._latest = make()
-        # Called within every handshake, whether or not the client names a server (RFC 6066 3).
-        self.front.sni_callback = self._hand_over
+        self._renewed: ssl.SSLContext | None = None
+        configure(self)
 
-    def _hand_over(self, connection: ssl.SSLObject, name: str | None, front: ssl.SSLContext) -> None:
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        """What event loops make a connection with."""
         if self._watch.changed():
             self._renew()
-        if self._latest is not front:
-            connection.context = self._latest
+        wrap = super().wrap_bio if self._renewed is None else self._renewed.wrap_bio
+        return wrap(incoming, outgoing, server_side, server_hostname, session)
 
     def _renew(self) -> None:
+        renewed = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            self._latest = self._make()
+            self._configure(renewed)
         except InvalidAccess as error:
             self._watch.look_again()  # a certificate and its key are two files: the other one may be on its way
             if str(error) != self._trouble:
                 log.warning("the certificate in use stays: %s", error)
             self._trouble = str(error)
             return
+        self._renewed = renewed
         self._trouble = ""
         log.info("a new certificate is in use")
 
 
-def _context(cert: Path, key: Path, client_ca: Path | None, client_required: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def _configure(context: ssl.SSLContext, cert: Path, key: Path, client_ca: Path | None, client_required: bool) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(TLS12_CIPHERS)
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -94,7 +108,9 @@ def _context(cert: Path, key: Path, client_ca: Path | None, client_required: boo
         except OSError as error:
             raise InvalidAccess(f"{client_ca}: holds no certificate: {_reason(error)}") from error
         context.verify_mode = ssl.CERT_REQUIRED if client_required else ssl.CERT_OPTIONAL
-    return context
+        # A client that resumes a session is not asked for its certificate again.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
 
 
 def grpc_credentials(cert: Path, key: Path, client_ca: Path | None = None, *, client_required: bool = True) -> Any:
@@ -105,8 +121,11 @@ def grpc_credentials(cert: Path, key: Path, client_ca: Path | None = None, *, cl
     except ModuleNotFoundError as error:
         raise InvalidAccess("gRPC needs grpcio: pip install 'tierline[grpc]'") from error
 
-    # OpenSSL checks here what gRPC's own TLS would only report to the clients, one by one.
-    _context(cert, key, client_ca, client_required)
+    def check() -> None:
+        # OpenSSL checks here what gRPC's own TLS would only report to the clients, one by one.
+        _configure(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cert, key, client_ca, client_required)
+
+    check()
     asks = client_ca is not None and client_required
     watch = Watch([each for each in (cert, key, client_ca) if each is not None])
 
@@ -119,7 +138,7 @@ def grpc_credentials(cert: Path, key: Path, client_ca: Path | None = None, *, cl
         if not watch.changed():
             return None
         try:
-            _context(cert, key, client_ca, client_required)
+            check()
             return configuration()
         except (InvalidAccess, OSError) as error:
             watch.look_again()

@@ -78,19 +78,30 @@ def new_jti() -> str:
     return secrets.token_urlsafe(12)
 
 
-def verify(token: str, keys: Mapping[str, Ed25519PublicKey], audience: str, now: float) -> Claims:
-    """The claims of a token that one of `keys` signed for `audience` and that is valid at `now`, seconds of the epoch.
+def verify(token: str, key: Ed25519PublicKey, audience: str, now: float) -> Claims:
+    """The claims of a token that `key` signed for `audience` and that is valid at `now`, seconds of the epoch.
 
-    Costs 0.15 ms. Raises Unauthenticated; what a token says is repeated only once its signature holds.
+    Ask `find_key` first. Costs 0.15 ms. Raises Unauthenticated; what a token says is repeated only once its signature holds.
     """
-    payload = _verified_payload(token, keys)
+    from jwt import InvalidTokenError
+
+    try:
+        payload = jws().decode_complete(token, key, algorithms=[ALGORITHM])["payload"]
+    except InvalidTokenError:
+        raise Unauthenticated("the token's signature does not hold") from None
+    assert isinstance(payload, bytes)
     claims = _decode_claims(payload)
     if isinstance(claims, str):
         raise Unauthenticated(f"the token's claims are not accepted: {claims}")
+    require_valid(claims, audience, now)
+    return claims
+
+
+def require_valid(claims: Claims, audience: str, now: float) -> None:
+    """Raises Unauthenticated with the first of `problems`."""
     problem = next(iter(problems(claims, audience, now)), None)
     if problem is not None:
         raise Unauthenticated(problem)
-    return claims
 
 
 def problems(claims: Claims, audience: str, now: float) -> list[str]:
@@ -146,7 +157,9 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _verified_payload(token: str, keys: Mapping[str, Ed25519PublicKey]) -> bytes:
+def find_key(token: str, keys: Mapping[str, Ed25519PublicKey]) -> tuple[str, Ed25519PublicKey]:
+    """Which of `keys` a token says it is signed with, and its kid. Costs a tenth of `verify`. Raises Unauthenticated for what
+    has not the form of a token, too."""
     form = _FORM.fullmatch(token) if len(token) <= MAX_TOKEN_BYTES else None
     if form is None:
         raise Unauthenticated(
@@ -162,14 +175,7 @@ def _verified_payload(token: str, keys: Mapping[str, Ed25519PublicKey]) -> bytes
     key = keys.get(header["kid"])
     if key is None:
         raise Unauthenticated("the token is signed with a key that is not known here")
-    from jwt import InvalidTokenError
-
-    try:
-        payload = jws().decode_complete(token, key, algorithms=[ALGORITHM])["payload"]
-    except InvalidTokenError:
-        raise Unauthenticated("the token's signature does not hold") from None
-    assert isinstance(payload, bytes)
-    return payload
+    return header["kid"], key
 
 
 def _decode_claims(payload: bytes) -> Claims | str:

@@ -44,16 +44,17 @@ class Watch:
         return True
 
     def _look(self) -> Signature:
-        return tuple(_signature(path) for path in self.paths)
+        return tuple(signature(path) for path in self.paths)
 
 
-def _signature(path: Path) -> Signature:
+def signature(path: Path) -> Signature:
+    """Differs when the file, or one of the PEM files in the folder, does."""
     # Followed through links: a mounted Kubernetes secret changes by a link that is pointed elsewhere.
     try:
         found = path.stat()
         whole = (found.st_ino, found.st_mtime_ns, found.st_size)
         if path.is_dir():
-            return (whole, *((file.name, _signature(file)) for file in sorted(path.glob("*.pem"))))
+            return (whole, *((file.name, signature(file)) for file in sorted(path.glob("*.pem"))))
     except OSError as error:
         return (error.errno,)
     return whole

@@ -1,5 +1,6 @@
 """The service as grpc calls it, in the event loop: bytes in, bytes out, errors as status codes.
 
+Unary calls too are given to us when their headers have come: who calls is known, or refused, before a message is waited for.
 Messages are not parsed by grpc, which answers INTERNAL to one that is broken, but here. A call whose client has gone, or whose
 deadline is over, is cancelled by grpc: the work ends as with any cancelled coroutine.
 """
@@ -9,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc.aio  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from models.errors import InvalidRequest, Overloaded, TierlineError, TooLarge, TryAgain
+from models.errors import DeadlineExceeded, InvalidRequest, Overloaded, TierlineError, TooLarge, TryAgain
 from models.serving.caller import Caller, Peer
 from models.serving.grpc.calls import METHODS, Method
 from models.serving.grpc.codec import Asked, Heads, decode_request, encode_response
 from models.serving.grpc.metadata import Said, read_metadata, read_peer
+from models.serving.grpc.places import Places, who_of
 from models.serving.plane import DataPlane
 from models.serving.predictor import InferResponse
 
@@ -30,28 +33,47 @@ MAX_DETAILS = 1024
 """Characters of an error's text that are sent: they travel in a header, which clients refuse when it is long."""
 MAX_CALL_BYTES = 64 * 1024
 """Longest message of a call that is not an inference: protobuf may take a hundred times as much memory to read one."""
+MAX_CALLS = 512
+"""Most calls at once that need a credential, beside streams; more are refused at once."""
+MAX_CALLS_PER_CALLER = 256
+"""Most of them of one caller: half, so that no one alone can take them all."""
+MAX_OPEN_CALLS = 256
+"""Most calls at once that need no credential. They have places of their own, and keep them while others are taken."""
+MAX_OPEN_CALLS_PER_ADDRESS = 64
+"""Most of them from one address; each is over at once, unless its answer is not read."""
+MESSAGE_SECONDS = 60.0
+"""Longest wait for the whole message of a call: the longest one takes as long at 10 Mbit/s."""
 
 Context = Any
-Handler = Callable[[bytes, Context], Awaitable[bytes]]
+Handler = Callable[[AsyncIterator[bytes], Context], Awaitable[bytes]]
 
 
 class Servicer:
     """Answers the unary calls. `encrypted`: connections are TLS."""
 
     def __init__(self, plane: DataPlane, *, encrypted: bool = False) -> None:
-        self._plane = plane
+        self.plane = plane
         self._encrypted = encrypted
         self._heads: Heads = {}
+        self._calls = Places("calls", MAX_CALLS, MAX_CALLS_PER_CALLER)
+        self._open_calls = Places("open calls", MAX_OPEN_CALLS, MAX_OPEN_CALLS_PER_ADDRESS)
+        self._reading: dict[Context, tuple[float, str]] = {}  # since when, which call; the oldest first
+        self._timer: asyncio.TimerHandle | None = None  # one for all: it costs uvloop more than a call's other checks
+        self._ending: set[asyncio.Task[None]] = set()
 
     def handlers(self) -> dict[str, Handler]:
-        """By name of the call."""
-        return {"ModelInfer": self.infer} | {name: self._answering(name, method) for name, method in METHODS.items()}
+        """By name of the call. They read their one message themselves."""
+        return {"ModelInfer": self.infer} | {
+            name: self._open(name, method) if method.open else self._answering(name, method)
+            for name, method in METHODS.items()
+        }
 
-    async def infer(self, data: bytes, context: Context) -> bytes:
+    async def infer(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
         try:
             said = self.read(context)
-            asked = self.decode(data)
-            answer = await self.answer(asked, self.peer(context), said, context)
+            caller = self._admit(context, said)
+            asked = self.decode(await self._message(context, "ModelInfer"))
+            answer = await self.answer(asked, caller, said, context)
             if answer.trace is not None:
                 await context.send_initial_metadata((("traceparent", answer.trace),))
             return encode_response(answer, asked.id)
@@ -67,20 +89,70 @@ class Servicer:
     def decode(self, data: bytes) -> Asked:
         return decode_request(data, self._heads)
 
-    async def answer(self, asked: Asked, peer: Peer, said: Said, context: Context) -> InferResponse:
+    async def answer(self, asked: Asked, caller: Caller, said: Said, context: Context) -> InferResponse:
         """Raises errors of `models.errors`."""
-        plane = self._plane
-        caller = plane.access.identify(peer, said.authorization)
+        plane = self.plane
         plane.require(caller, asked.head.model)
         return await plane.predictor.infer(asked.request(caller, _deadline(said.budget, context), said.trace))
 
+    def end(self, context: Context, error: Exception, name: str) -> None:
+        """End a call from outside of its handler, which then sees its next read fail.
+
+        A read must not be cancelled instead: grpc would write the message to memory that is no longer there.
+        """
+        task = asyncio.get_running_loop().create_task(_refuse_quietly(context, error, name))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def _admit(self, context: Context, said: Said) -> Caller:
+        """Who calls, with a place for the call. Raises Overloaded and Unauthenticated."""
+        peer = self.peer(context)
+        caller = self.plane.access.identify(peer, said.authorization)
+        self._calls.take(who_of(caller, peer), context)
+        return caller
+
+    async def _message(self, context: Context, name: str) -> bytes:
+        """The one message of a unary call. Raises InvalidRequest when there is none."""
+        loop = asyncio.get_running_loop()
+        self._reading[context] = (loop.time(), name)
+        if self._timer is None:
+            self._timer = loop.call_later(MESSAGE_SECONDS, self._end_late)
+        try:
+            data = await context.read()
+        finally:
+            del self._reading[context]
+        if data is grpc.aio.EOF:
+            raise InvalidRequest(f"{name} was called without a message")
+        return bytes(data)
+
+    def _end_late(self) -> None:
+        """End the calls that have waited for too long for their message, and look again when the next one will have."""
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for context, (since, name) in self._reading.items():
+            if loop.time() < since + MESSAGE_SECONDS:
+                self._timer = loop.call_at(since + MESSAGE_SECONDS, self._end_late)
+                break
+            self.end(context, DeadlineExceeded(f"the message did not come within {MESSAGE_SECONDS:g} s"), name)
+
     def _answering(self, name: str, method: Method) -> Handler:
-        async def answer(data: bytes, context: Context) -> bytes:
+        async def answer(requests: AsyncIterator[bytes], context: Context) -> bytes:
             try:
-                caller = Caller()
-                if not method.open:
-                    caller = self._plane.access.identify(self.peer(context), self.read(context).authorization)
-                answered = await method.act(self._plane, caller, _parse(method, data))
+                caller = self._admit(context, self.read(context))
+                asked = _parse(method, await self._message(context, name))
+                answered = await method.act(self.plane, caller, asked)
+                return bytes(answered.SerializeToString())
+            except Exception as error:  # noqa: BLE001 - told to the caller
+                await refuse(context, error, name)
+
+        return answer
+
+    def _open(self, name: str, method: Method) -> Handler:
+        # Their messages have no fields: not waited for, they cannot be held back to keep a call open.
+        async def answer(requests: AsyncIterator[bytes], context: Context) -> bytes:
+            try:
+                self._open_calls.take(self.peer(context).address, context)
+                answered = await method.act(self.plane, Caller(), method.message())
                 return bytes(answered.SerializeToString())
             except Exception as error:  # noqa: BLE001 - told to the caller
                 await refuse(context, error, name)
@@ -90,12 +162,19 @@ class Servicer:
 
 async def refuse(context: Context, error: Exception, name: str) -> NoReturn:
     """End the call with the code of `error`. What nobody expected is logged and not shown."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error  # ended already, by `Servicer.end`
     code = grpc.StatusCode[error.grpc] if isinstance(error, TierlineError) else grpc.StatusCode.INTERNAL
     trailing: tuple[tuple[str, str], ...] = ()
     if isinstance(error, Overloaded):
         trailing = (("retry-after", str(max(1, round(error.retry_after + 0.5)))),)
     await context.abort(code, text_of(error, name), trailing)
     raise AssertionError("abort raises")
+
+
+async def _refuse_quietly(context: Context, error: Exception, name: str) -> None:
+    with suppress(Exception):  # the end of the call, or that it has ended by itself
+        await refuse(context, error, name)
 
 
 def text_of(error: BaseException, name: str) -> str:

@@ -1,6 +1,7 @@
 """ModelStreamInfer: many requests under way on one stream, answered in order of completion.
 
-A request that fails is answered with its `error_message`, and the stream goes on.
+A request that fails is answered with its `error_message`, and the stream goes on. A stream of an unknown caller is refused at
+once, and ends when the caller's credential no longer holds.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ from collections.abc import AsyncIterator
 
 import grpc.aio  # type: ignore[import-untyped]
 
-from models.errors import Overloaded
+from models.errors import DeadlineExceeded, Unauthenticated
+from models.serving.caller import Caller
 from models.serving.drive import Driven, drive
 from models.serving.grpc import inference_pb2 as pb
 from models.serving.grpc.codec import FINAL, Asked, encode_response
-from models.serving.grpc.servicer import Context, Servicer, refuse, text_of
+from models.serving.grpc.places import Places, who_of
+from models.serving.grpc.servicer import MESSAGE_SECONDS, Context, Servicer, refuse, text_of
 from models.serving.grpc.split import bytes_prefix, split_request
 from models.serving.predictor import InferResponse
 
 MAX_STREAMS = 64
-"""Most streams at once; of the calls that a server takes, they may not take all."""
+"""Most streams at once, beside other calls."""
+MAX_STREAMS_PER_CALLER = 32
+"""Most of them of one caller: half, so that no one alone can take them all."""
+FIRST_SECONDS = MESSAGE_SECONDS
+"""Longest wait for the first message of a stream."""
+IDLE_SECONDS = 300.0
+"""A stream ends that has nothing under way, and on which nothing came, for this long: it holds one of few places."""
 MAX_STREAM_INFLIGHT = 32
 """Most requests of one stream that are under way or whose answer is not sent yet; beyond, nothing more is read."""
 
+_NAME = "ModelStreamInfer"
 _INFER_RESPONSE = 2
 """Its field number in ModelStreamInferResponse."""
 
@@ -32,24 +42,20 @@ class StreamServicer:
 
     def __init__(self, servicer: Servicer) -> None:
         self._servicer = servicer
-        self._open = 0
+        self._places = Places("streams", MAX_STREAMS, MAX_STREAMS_PER_CALLER)
 
     async def infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        self._open += 1
         try:
-            if self._open > MAX_STREAMS:
-                raise Overloaded(f"{MAX_STREAMS} streams are open, no more are accepted")  # noqa: TRY301
             stream = _Stream(self._servicer, context)
+            self._places.take(who_of(stream.caller, stream.peer), context)
         except Exception as error:  # noqa: BLE001 - told to the caller
-            await refuse(context, error, "ModelStreamInfer")
+            await refuse(context, error, _NAME)
         else:
             await stream.run()
-        finally:
-            self._open -= 1
 
 
 class _Stream:
-    """Raises InvalidRequest for metadata that says nothing sensible."""
+    """Raises InvalidRequest for metadata that says nothing sensible, Unauthenticated for an unknown caller."""
 
     def __init__(self, servicer: Servicer, context: Context) -> None:
         self.servicer = servicer
@@ -58,18 +64,27 @@ class _Stream:
         self.peer = servicer.peer(context)
         self.loop = asyncio.get_running_loop()
         self.flights: set[_Flight] = set()
+        self._access = servicer.plane.access
+        self._revision = self._access.revision
+        self.caller: Caller = self._access.identify(self.peer, self.said.authorization)
         self._landed: asyncio.Queue[_Flight | None] = asyncio.Queue()  # bounded by _free
         self._free = asyncio.Semaphore(MAX_STREAM_INFLIGHT)
         self._unanswered = 0
         self._all_read = False
+        self._patience = FIRST_SECONDS
+        self._idle_since = self.loop.time()
 
     async def run(self) -> None:
         """Until everything that came is answered and no more will come."""
+        self._timer = self.loop.call_later(self._patience, self._look)
         writing = self.loop.create_task(self._write())
         try:
             await self._read()
             await writing
+        except Unauthenticated as error:
+            await refuse(self.context, error, _NAME)
         finally:
+            self._timer.cancel()
             writing.cancel()
             for flight in tuple(self.flights):
                 flight.cancel()
@@ -82,10 +97,31 @@ class _Stream:
             data = await self.context.read()
             if data is grpc.aio.EOF:
                 break
+            self._identify()
             self._unanswered += 1
+            self._patience = IDLE_SECONDS
             _Flight(self, data).start()
         self._all_read = True
         self._end_when_done()
+
+    def _identify(self) -> None:
+        """Again, when the credential may no longer hold. Raises Unauthenticated."""
+        revision = self._access.revision
+        if revision != self._revision or not self.caller.is_current:
+            self.caller = self._access.identify(self.peer, self.said.authorization)
+            self._revision = revision
+
+    def _look(self) -> None:
+        """End the stream if it has been idle for too long, else look again when it may have been."""
+        now = self.loop.time()
+        due = self._idle_since + self._patience
+        if self._unanswered:
+            due = now + self._patience
+        elif now >= due:
+            late = DeadlineExceeded(f"nothing came on this stream for {self._patience:g} s")
+            self.servicer.end(self.context, late, _NAME)
+            return
+        self._timer = self.loop.call_at(due, self._look)
 
     async def _write(self) -> None:
         while (flight := await self._landed.get()) is not None:
@@ -96,6 +132,7 @@ class _Stream:
         self.flights.discard(flight)
         self._landed.put_nowait(flight)
         self._unanswered -= 1
+        self._idle_since = self.loop.time()
         self._end_when_done()
 
     def _end_when_done(self) -> None:
@@ -124,7 +161,7 @@ class _Flight:
             self._done(None, error)
             return
         stream.flights.add(self)
-        answering = stream.servicer.answer(self._asked, stream.peer, stream.said, stream.context)
+        answering = stream.servicer.answer(self._asked, stream.caller, stream.said, stream.context)
         self._driven = drive(answering, self._done, stream.loop)
 
     def cancel(self) -> None:
@@ -145,7 +182,7 @@ class _Flight:
             else:
                 return bytes_prefix(_INFER_RESPONSE, len(data)) + data
         assert self._error is not None
-        text = text_of(self._error, "ModelStreamInfer")
+        text = text_of(self._error, _NAME)
         message = pb.ModelStreamInferResponse(error_message=text, infer_response=pb.ModelInferResponse(id=self._id()))
         return bytes(message.SerializeToString())
 

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 from models.errors import Conflict, InvalidRequest, NotFound, Overloaded, TierlineError
 from models.serving.caller import Caller
@@ -22,6 +23,13 @@ log = logging.getLogger("tierline.jobs")
 
 MAX_SUBSCRIBERS = 4096
 """Callbacks that may wait for jobs at once."""
+OWNER_SHARE = 0.25
+"""Of the callbacks, for one owner."""
+MAX_ASKING = 32
+"""Calls to the store that one owner may have under way; the store takes 256 in all and the runner needs some of them."""
+MAX_ASKING_NAMELESS = 192
+"""The same for all callers without a name together."""
+BUSY_RETRY_SECONDS = 0.25
 MAX_WATCHED = 256
 """Jobs that are looked up in one second because someone waits for them: another node may have ended them."""
 MAX_DELIVERIES = 8
@@ -30,13 +38,22 @@ MAX_LISTED = 1000
 TICK_SECONDS = 1.0
 CLOSE_SECONDS = 5.0
 
+NOBODY = Owner()
+
 Ended = Callable[[Job], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Subscriber:
+    owner: Owner
+    callback: Ended
 
 
 class Jobs:
     """Asynchronous inference over a store and a predictor. For one event loop; `async with jobs.running()` makes it work.
 
-    `ready`: whether the models are loaded. `webhooks` None = none are allowed.
+    `ready`: whether the models are loaded. `webhooks` None = none are allowed. `admit`: called by frontends once for each
+    request of a caller, raises Overloaded for one too many; None = nobody asks too often.
     """
 
     def __init__(
@@ -48,17 +65,21 @@ class Jobs:
         limits: JobLimits | None = None,
         settings: RunnerSettings | None = None,
         webhooks: Webhooks | None = None,
+        admit: Callable[[Caller], None] | None = None,
         clock: Callable[[], float] = time.time,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.expander = Expander()  # bounds what compressed submissions expand to, all together
+        self.admit = admit or _anybody
         self._store = store
         self._limits = limits or JobLimits()
         self._webhooks = webhooks or Webhooks()
         self._clock = clock
         self._uniform = uniform
-        self._subscribers: dict[str, list[Ended]] = {}
+        self._subscribers: dict[str, list[_Subscriber]] = {}
         self._subscribed = 0
+        self._subscribed_by: dict[Owner, int] = {}  # those with none are left out
+        self._asking: dict[Owner, int] = {}  # the same
         self._deliveries: set[asyncio.Task[None]] = set()
         self._runner = Runner(
             store,
@@ -105,13 +126,15 @@ class Jobs:
             webhook=webhook,
             size=ROW_BYTES + len(work.body),
         )
-        await self._store.add(job, work, self._limits)
+        with self._turn(caller):
+            await self._store.add(job, work, self._limits)
         self._runner.wake()
         return job
 
     async def get(self, caller: Caller, job_id: str) -> Job:
         """Raises NotFound for a job that does not exist or is another's."""
-        found = await self._store.find([job_id]) if len(job_id) == ID_LENGTH else []
+        with self._turn(caller):
+            found = await self._store.find([job_id]) if len(job_id) == ID_LENGTH else []
         if not found or found[0].owner != Owner.of(caller):
             raise NotFound(f"there is no job '{job_id[:64]}'")
         return found[0]
@@ -131,7 +154,8 @@ class Jobs:
     async def cancel(self, caller: Caller, job_id: str) -> Job:
         """A queued job is gone, a running one cancelled, an ended one left as it is. Raises NotFound."""
         before = await self.get(caller, job_id)
-        left = await self._store.cancel(job_id, self._clock())
+        with self._turn(caller):
+            left = await self._store.cancel(job_id, self._clock())
         if left is None:
             raise NotFound(f"there is no job '{job_id}'")
         self._runner.cancel(job_id)
@@ -143,28 +167,51 @@ class Jobs:
         """The caller's own, newest first. `limit`: 1 to 1000. Raises InvalidRequest."""
         if not 1 <= limit <= MAX_LISTED:
             raise InvalidRequest(f"limit is not between 1 and {MAX_LISTED}")
-        return await self._store.listing(Owner.of(caller), limit)
+        with self._turn(caller):
+            return await self._store.listing(Owner.of(caller), limit)
 
-    def subscribe(self, job_id: str, callback: Ended) -> Callable[[], None]:
+    @contextmanager
+    def _turn(self, caller: Caller) -> Iterator[None]:
+        """One call to the store. Raises Overloaded when the caller has too many under way."""
+        owner = Owner.of(caller)
+        limit = MAX_ASKING_NAMELESS if owner == NOBODY else MAX_ASKING
+        if self._asking.get(owner, 0) >= limit:
+            raise Overloaded(f"{limit} of your calls wait for the job store already", BUSY_RETRY_SECONDS)
+        _count(self._asking, owner, 1)
+        try:
+            yield
+        finally:
+            _count(self._asking, owner, -1)
+
+    def subscribe(self, job_id: str, callback: Ended, caller: Caller = Caller()) -> Callable[[], None]:  # noqa: B008 - frozen
         """Call `callback(job)` once, in the loop, when the job has ended; returns what takes that back.
 
         At once if it ends on this node, within a second or so if it has ended already or ends on another; never for one that
         does not exist. Ask `get` first whether the caller may know of the job. Raises Overloaded.
         """
-        if self._subscribed >= MAX_SUBSCRIBERS:
+        owner = Owner.of(caller)
+        share = 1.0 if owner == NOBODY else OWNER_SHARE
+        own = self._subscribed_by.get(owner, 0)
+        if self._subscribed >= MAX_SUBSCRIBERS or own >= MAX_SUBSCRIBERS * share:
             raise Overloaded("too many callers wait for jobs")
-        self._subscribers.setdefault(job_id, []).append(callback)
+        subscriber = _Subscriber(owner, callback)
+        self._subscribers.setdefault(job_id, []).append(subscriber)
         self._subscribed += 1
+        _count(self._subscribed_by, owner, 1)
 
         def unsubscribe() -> None:
             waiting = self._subscribers.get(job_id, [])
-            if callback in waiting:
-                waiting.remove(callback)
-                self._subscribed -= 1
+            if subscriber in waiting:
+                waiting.remove(subscriber)
+                self._ended_subscription(subscriber)
                 if not waiting:
                     del self._subscribers[job_id]
 
         return unsubscribe
+
+    def _ended_subscription(self, subscriber: _Subscriber) -> None:
+        self._subscribed -= 1
+        _count(self._subscribed_by, subscriber.owner, -1)
 
     # --- the work -------------------------------------------------------------------------------------------------------
 
@@ -223,9 +270,22 @@ class Jobs:
 
     def _publish(self, job: Job) -> None:
         waiting = self._subscribers.pop(job.id, [])
-        self._subscribed -= len(waiting)
-        for callback in waiting:
+        for subscriber in waiting:
+            self._ended_subscription(subscriber)
+        for subscriber in waiting:
             try:
-                callback(job)
+                subscriber.callback(job)
             except Exception:
                 log.exception("a subscriber of job %s failed", job.id)
+
+
+def _anybody(_: Caller) -> None:
+    """Nobody asks too often."""
+
+
+def _count(counts: dict[Owner, int], owner: Owner, change: int) -> None:
+    left = counts.get(owner, 0) + change
+    if left:
+        counts[owner] = left
+    else:
+        del counts[owner]

@@ -42,9 +42,10 @@ class _Watching:
 
     async def begin(self, caller: Caller) -> None:
         try:
+            self._jobs.admit(caller)
             # The store is asked first whose job it is: a subscription itself asks nobody.
             await self._jobs.get(caller, self._job_id)
-            self._unsubscribe = self._jobs.subscribe(self._job_id, self._ended)
+            self._unsubscribe = self._jobs.subscribe(self._job_id, self._ended, caller)
         except TierlineError as error:
             self._notify({"status": error.http, "error": str(error)})
 

@@ -49,9 +49,14 @@ async def submit(
 ) -> HttpResponse:
     """202 with the job's status and its Location. The body is checked now, run later.
 
-    Raises NotFound for a model that the caller may not use, what `decode_request` and `Jobs.submit` raise.
+    Raises NotFound for a model that the caller may not use, or that does not exist where this node decides what exists
+    (elsewhere a tier above may have it: the job then ends with what that answers), Overloaded, what `decode_request` and
+    `Jobs.submit` raise.
     """
     plane.require(caller, model)
+    jobs.admit(caller)
+    if plane.control is not None:
+        plane.describe(caller, model, version)
     headers = request.headers
     length = _header_length(headers)
     trace = headers.get(b"traceparent")
@@ -89,6 +94,7 @@ def job_handler(plane: DataPlane, jobs: Jobs) -> Handler:
     async def handle(request: HttpRequest) -> HttpResponse:
         try:
             caller = plane.access.identify(request.peer, request.headers.get(b"authorization"))
+            jobs.admit(caller)
             return await _answer(plane, jobs, caller, request)
         except TierlineError as error:
             if error.http >= 500 and not isinstance(error, TryAgain):

@@ -1,31 +1,27 @@
 """Jobs in an SQLite file: WAL, synchronous=FULL, so that what was accepted survives a power cut.
 
-Several processes may share the file. All SQL runs in one thread of its own, never in the event loop.
+Several processes may share the file. What writes runs in one thread, what only reads in another, nothing in the event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from models.errors import NotReady, Overloaded
+from models.errors import NotReady
 from models.serving.jobs.job import CRASHED, EXPIRED, MAX_ATTEMPTS, Answer, Failure, Job, JobLimits, Owner, State, Work
+from models.serving.jobs.lane import Lane
 from models.serving.jobs.store import check_room, no_room
 
 log = logging.getLogger("tierline.jobs.sqlite")
 
 T = TypeVar("T")
 
-MAX_PENDING = 256
-"""Calls that may wait for the thread; each may hold a body in memory."""
 BUSY_SECONDS = 5.0
 """Longest wait for another process that writes."""
 SWEEP_ROWS = 200
@@ -43,12 +39,38 @@ CREATE TABLE IF NOT EXISTS bodies (
   trace TEXT, body BLOB NOT NULL, PRIMARY KEY (job, kind)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS jobs_due ON jobs(state, due);
-CREATE INDEX IF NOT EXISTS jobs_room ON jobs(tenant, state, size);
+DROP INDEX IF EXISTS jobs_room;
 CREATE INDEX IF NOT EXISTS jobs_owner ON jobs(tenant, client, created);
 CREATE INDEX IF NOT EXISTS jobs_expires ON jobs(expires);
 CREATE INDEX IF NOT EXISTS jobs_hooks ON jobs(hook_due) WHERE hook_due IS NOT NULL;
-PRAGMA user_version = 1;
+CREATE TABLE IF NOT EXISTS loads (
+  whose TEXT PRIMARY KEY, jobs INTEGER NOT NULL, bytes INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS jobs_added AFTER INSERT ON jobs BEGIN
+  INSERT INTO loads VALUES
+    ('', new.state IN ('queued', 'running'), new.size),
+    (coalesce('=' || new.tenant, '-'), new.state IN ('queued', 'running'), new.size)
+    ON CONFLICT (whose) DO UPDATE SET jobs = jobs + excluded.jobs, bytes = bytes + excluded.bytes;
+END;
+CREATE TRIGGER IF NOT EXISTS jobs_changed AFTER UPDATE OF state, size ON jobs BEGIN
+  UPDATE loads SET bytes = bytes + new.size - old.size,
+    jobs = jobs + (new.state IN ('queued', 'running')) - (old.state IN ('queued', 'running'))
+    WHERE whose IN ('', coalesce('=' || new.tenant, '-'));
+END;
+CREATE TRIGGER IF NOT EXISTS jobs_removed AFTER DELETE ON jobs BEGIN
+  UPDATE loads SET bytes = bytes - old.size, jobs = jobs - (old.state IN ('queued', 'running'))
+    WHERE whose IN ('', coalesce('=' || old.tenant, '-'));
+  DELETE FROM loads WHERE whose = coalesce('=' || old.tenant, '-') AND jobs = 0 AND bytes = 0;
+END;
+DELETE FROM loads;
+INSERT INTO loads SELECT '', count(*) FILTER (WHERE state IN ('queued', 'running')), coalesce(sum(size), 0) FROM jobs;
+INSERT INTO loads SELECT coalesce('=' || tenant, '-'), count(*) FILTER (WHERE state IN ('queued', 'running')), sum(size)
+  FROM jobs GROUP BY tenant;
+PRAGMA user_version = 2;
 """
+# In `loads`, beside the tags of tenants: every job there is. Triggers keep the counts, in every process that writes; counted
+# anew whenever the file is opened, which also serves files that had none.
+ALL = ""
 _COLUMNS = (
     "id, tenant, client, model, version, created, updated, expires, ttl, state, attempts, backoffs, error, error_status, "
     "webhook, hook_tries, size"
@@ -62,22 +84,28 @@ class SqliteJobs:
     def __init__(self, path: Path) -> None:
         """Raises NotReady when the file cannot be opened."""
         self._path = path
-        self._pending = 0
         self._failing = False  # said once when it begins and once when it ends
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tierline-jobs")
         try:
-            self._db = self._thread.submit(_open, path).result()
+            self._writer = Lane(lambda: _open(path), name="tierline-jobs", writes=True)
+            try:
+                self._reader = Lane(lambda: _open_to_read(path), name="tierline-jobs-read", writes=False)
+            except BaseException:
+                self._writer.close_now()
+                raise
         except (sqlite3.Error, OSError) as error:
-            self._thread.shutdown()
             raise NotReady(f"the job store {path} cannot be opened: {error}") from error
 
     async def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
-        """`act` in one transaction, in the thread. It ends there even when who waits for it has gone."""
-        if self._pending >= MAX_PENDING:
-            raise Overloaded("too many calls wait for the job store")
-        self._pending += 1
+        """`act` in one transaction, in the thread that writes."""
+        return await self._on(self._writer, act)
+
+    async def _read(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        """`act` on all that was written before, beside what is being written."""
+        return await self._on(self._reader, act)
+
+    async def _on(self, lane: Lane, act: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._thread, _transact, self._db, act)
+            answer = await lane.run(act)
         except sqlite3.Error as error:
             if not self._failing:
                 log.warning("the job store %s fails: %s", self._path, error)
@@ -85,8 +113,6 @@ class SqliteJobs:
             raise NotReady("the job store does not answer") from error
         except RuntimeError as error:
             raise NotReady("the job store is closed") from error
-        finally:
-            self._pending -= 1
         if self._failing:
             log.info("the job store %s works again", self._path)
         self._failing = False
@@ -94,7 +120,7 @@ class SqliteJobs:
 
     async def add(self, job: Job, work: Work, limits: JobLimits) -> None:
         def act(db: sqlite3.Connection) -> None:
-            check_room(job, limits, _room(db, ""), _room(db, "WHERE tenant IS ?", job.owner.tenant))
+            check_room(job, limits, _room(db, ALL), _room(db, _tag(job.owner.tenant)))
             db.execute(
                 "INSERT INTO jobs VALUES (?,?,?,?,?,?,?,?,?,?,?,NULL,NULL,?,?,NULL,0,?,NULL,0,?)",
                 (
@@ -110,11 +136,11 @@ class SqliteJobs:
         await self._run(act)
 
     async def find(self, ids: Sequence[str]) -> list[Job]:
-        return await self._run(lambda db: [job for job in (_get(db, job_id) for job_id in ids) if job is not None])
+        return await self._read(lambda db: [job for job in (_get(db, job_id) for job_id in ids) if job is not None])
 
     async def listing(self, owner: Owner, limit: int) -> list[Job]:
         where = "tenant IS ? AND client IS ? ORDER BY created DESC, rowid DESC LIMIT ?"
-        return await self._run(lambda db: _select(db, where, owner.tenant, owner.client, limit))
+        return await self._read(lambda db: _select(db, where, owner.tenant, owner.client, limit))
 
     async def answer(self, job_id: str) -> Answer | None:
         def act(db: sqlite3.Connection) -> Answer | None:
@@ -123,7 +149,7 @@ class SqliteJobs:
             ).fetchone()
             return None if row is None else Answer(*row)
 
-        return await self._run(act)
+        return await self._read(act)
 
     async def claim(self, worker: str, now: float, lease: float) -> tuple[Job, Work] | None:
         def act(db: sqlite3.Connection) -> tuple[Job, Work] | None:
@@ -186,7 +212,7 @@ class SqliteJobs:
             if held is None or job is None:
                 return None
             end = outcome
-            if isinstance(end, Answer) and _room(db, "")[1] - held[0] + len(end.body) > limits.bytes:
+            if isinstance(end, Answer) and _room(db, ALL)[1] - held[0] + len(end.body) > limits.bytes:
                 end = no_room(job_id, len(end.body))
             job = replace(job, size=job.size - held[0])
             if isinstance(end, Failure):
@@ -241,38 +267,33 @@ class SqliteJobs:
 
     async def close(self) -> None:
         """Ends what was begun, then closes the file."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
-        self._thread.shutdown(wait=False)
+        await self._reader.close()
+        await self._writer.close()
 
 
 def _open(path: Path) -> sqlite3.Connection:
     path.touch(mode=0o600)
-    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    return _prepared(
+        sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False),
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;"
+        f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;",
+    )
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    return _prepared(
+        sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False),
+        "PRAGMA query_only = ON;",
+    )
+
+
+def _prepared(db: sqlite3.Connection, script: str) -> sqlite3.Connection:
     try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
+        db.executescript(script)
     except BaseException:
         db.close()
         raise
     return db
-
-
-def _transact(db: sqlite3.Connection, act: Callable[[sqlite3.Connection], T]) -> T:
-    with _transaction(db):
-        return act(db)
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
 
 
 def _select(db: sqlite3.Connection, where: str, *values: object) -> list[Job]:
@@ -305,13 +326,15 @@ def _job(row: tuple[Any, ...]) -> Job:
     )
 
 
-def _room(db: sqlite3.Connection, where: str, *values: object) -> tuple[int, int]:
-    """(unfinished jobs, bytes charged) of the rows meant."""
-    row = db.execute(
-        f"SELECT count(*) FILTER (WHERE {_UNFINISHED}), coalesce(sum(size), 0) FROM jobs {where}",  # noqa: S608 - ours
-        values,
-    ).fetchone()
-    return row[0], row[1]
+def _tag(tenant: str | None) -> str:
+    """A tenant in the table of loads, which needs a key for none too."""
+    return "-" if tenant is None else f"={tenant}"
+
+
+def _room(db: sqlite3.Connection, whose: str) -> tuple[int, int]:
+    """(unfinished jobs, bytes charged) of a tenant's tag, or of `ALL`."""
+    row = db.execute("SELECT jobs, bytes FROM loads WHERE whose = ?", (whose,)).fetchone()
+    return (0, 0) if row is None else (row[0], row[1])
 
 
 def _without_work(db: sqlite3.Connection, job: Job) -> Job:

@@ -54,6 +54,7 @@ class Meter:
         self._overflow: Track | None = None
         self._failures: dict[tuple[str, str], Duration] = {}
         self._errors: dict[tuple[str, str], Counter] = {}
+        self._decisions: dict[tuple[str, str], Counter] = {}
         registry.before_collect(self._fold)
         registry.read("inference.model.served", lambda: len(index.names()))
 
@@ -107,9 +108,14 @@ class Meter:
             self._keep(request, response, now - start, context, wrong=late or response.degraded)
 
     def _decided(self, model: str, response: InferResponse) -> None:
-        # At most a few answers in a hundred, and most of them have waited for another machine: asking the registry is fine.
-        self._registry.counter("router.decision.count", model=model, reason=response.reason).add()
+        counter = self._decisions.get((model, response.reason))
+        if counter is None:
+            counter = self._registry.counter("router.decision.count", model=model, reason=response.reason)
+            if len(self._decisions) < MAX_TRACKS:
+                self._decisions[model, response.reason] = counter
+        counter.add()
         if response.degraded:
+            # Such an answer has waited for another machine: asking the registry is fine.
             self._registry.counter("inference.request.degraded", model=model).add()
 
     def _failed(self, request: InferRequest, error: BaseException, start: float, context: Context | None) -> None:

@@ -20,6 +20,8 @@ MAX_OTHER_VALUES = 32
 """The same for labels that are not named above: their values are closed lists."""
 MAX_SERIES = 512
 """Series of one metric: a scraper pays for each in every scrape."""
+MAX_DROPPED = 1024
+"""Series of one metric that are known to be counted as `other`; those beyond are not counted as dropped any more."""
 MAX_LABEL_CHARS = 128
 OTHER = "other"
 
@@ -70,6 +72,7 @@ class _Metric:
         self.entry = entry
         self.series: dict[_Labels, _Series] = {}
         self.seen: tuple[set[str], ...] = tuple(set() for _ in entry.labels)
+        self.dropped: dict[_Labels, _Labels] = {}  # what was asked for -> where it is counted instead
 
 
 class Registry:
@@ -78,7 +81,7 @@ class Registry:
     def __init__(self) -> None:
         self._metrics: dict[str, _Metric] = {}
         self._before: list[Callable[[], None]] = []
-        self.dropped_series = 0
+        self.dropped_series = 0  # different ones, not how often they were asked for
         self.read("telemetry.series.dropped", lambda: self.dropped_series)
 
     def counter(self, name: str, **labels: str) -> Counter:
@@ -135,13 +138,16 @@ class Registry:
         wanted = tuple(labels[name][:MAX_LABEL_CHARS] for name in names)
         if wanted in metric.series:
             return wanted
+        if wanted in metric.dropped:
+            return metric.dropped[wanted]
         key = tuple(
             value if value in seen or len(seen) < MAX_VALUES.get(name, MAX_OTHER_VALUES) else OTHER
             for name, value, seen in zip(names, wanted, metric.seen, strict=True)
         )
         if len(metric.series) >= MAX_SERIES and key not in metric.series:
             key = (OTHER,) * len(names)
-        if key != wanted:
+        if key != wanted and len(metric.dropped) < MAX_DROPPED:
+            metric.dropped[wanted] = key
             self.dropped_series += 1
         for value, seen in zip(key, metric.seen, strict=True):
             if value != OTHER:

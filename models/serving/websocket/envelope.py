@@ -90,9 +90,7 @@ def answer_text(request_id: str, body: Sequence[bytes], trace: str | None = None
     return _ENCODER.encode(_Answer("answer", request_id, response=msgspec.Raw(b"".join(body)), traceparent=trace))
 
 
-def answer_binary(
-    request_id: str, body: Sequence[bytes], header_length: int | None, trace: str | None = None
-) -> bytes:
+def answer_binary(request_id: str, body: Sequence[bytes], header_length: int | None, trace: str | None = None) -> bytes:
     """An answer as a binary message, `body` and `header_length` as `encode_response` gives them."""
     envelope = _ENCODER.encode(_Answer("answer", request_id, header_length=header_length, traceparent=trace))
     return b"".join((_LENGTH.pack(len(envelope)), envelope, *body))

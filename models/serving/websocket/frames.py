@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError("WebSocket needs the package websockets: pip install 'tierline[edge]'") from error
 
 SUBPROTOCOL = Subprotocol("tierline.v2")
-GOING_AWAY, INVALID_DATA, TOO_BIG, UNIDENTIFIED = 1001, 1007, 1009, 4401
+GOING_AWAY, INVALID_DATA, POLICY, TOO_BIG, UNIDENTIFIED = 1001, 1007, 1008, 1009, 4401
 """Close codes: of RFC 6455 7.4.1, and one of our own that stands for HTTP's 401."""
 END = b""
 """Among bytes to send: no more will follow."""
@@ -63,19 +63,23 @@ class Frames:
         """Whether messages may still be sent."""
         return self._protocol.state is State.OPEN
 
-    def receive(self, data: bytes) -> Iterator[tuple[bool | None, bytes]]:
-        """Messages as (is text, payload), and (None, payload) for pings and pongs. What breaks the rules ends the session."""
+    def receive(self, data: bytes) -> Iterator[tuple[bool | None, bytes | None]]:
+        """What came, frame by frame: messages as (is text, payload), (None, payload) for pings and pongs, (None, None) for a
+        frame that ends no message. What breaks the rules ends the session.
+
+        All of `data` is taken apart when the first is asked for: give it in small pieces.
+        """
         self._protocol.receive_data(data)
         for event in self._protocol.events_received():
             assert isinstance(event, Frame)
             if event.opcode in (Opcode.PING, Opcode.PONG):
                 yield None, bytes(event.data)
-            elif event.opcode is not Opcode.CLOSE:
-                yield from self._gather(event)
+            else:
+                yield (None, None) if event.opcode is Opcode.CLOSE else self._gather(event)
 
-    def _gather(self, frame: Frame) -> Iterator[tuple[bool, bytes]]:
+    def _gather(self, frame: Frame) -> tuple[bool | None, bytes | None]:
         if not self.is_open:
-            return
+            return None, None
         if frame.opcode is not Opcode.CONT:
             self._is_text = frame.opcode is Opcode.TEXT
         self._parts.append(bytes(frame.data))
@@ -89,7 +93,8 @@ class Frames:
             elif self._is_text and not _is_utf8(message):
                 self._protocol.fail(INVALID_DATA, "a text message is not UTF-8")
             else:
-                yield self._is_text, message
+                return self._is_text, message
+        return None, None
 
     def end(self) -> None:
         """The client sends no more."""

@@ -12,7 +12,9 @@ class WebSocketLimits(msgspec.Struct, frozen=True):
     `subscriptions`: of one session, of models and jobs together; asked about once a second. `outgoing_bytes`: waiting for a
     client that does not read, the answers to all it has in flight included; beyond it, or after `write_seconds`, it is cut off.
     `ping_seconds`: of silence before a ping. `pong_seconds`: for its pong, and for the other half of closing.
-    `message_seconds`: for one frame to arrive.
+    `message_seconds`: for one frame to arrive. `turn`: frames of one session that are taken, and requests of its queue that
+    are begun, before all others have their turn. `invalid_messages`: one after another that cannot be read, then the session
+    ends.
     """
 
     message_bytes: int = 64 * 1024 * 1024
@@ -25,3 +27,5 @@ class WebSocketLimits(msgspec.Struct, frozen=True):
     ping_seconds: float = 20.0
     pong_seconds: float = 20.0
     message_seconds: float = 60.0
+    turn: int = 64
+    invalid_messages: int = 64

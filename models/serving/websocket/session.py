@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 from models.errors import (
@@ -16,6 +16,7 @@ from models.errors import (
     InvalidRequest,
     NotReady,
     TierlineError,
+    TooLarge,
     TryAgain,
     Unauthenticated,
 )
@@ -35,13 +36,16 @@ from models.serving.websocket.envelope import (
     read_binary,
     read_text,
 )
-from models.serving.websocket.frames import END, GOING_AWAY, UNIDENTIFIED, Frames
+from models.serving.websocket.frames import END, GOING_AWAY, POLICY, UNIDENTIFIED, Frames
 from models.serving.websocket.subscriptions import Subscriptions
 
 if TYPE_CHECKING:
     from models.serving.websocket.server import WebSockets
 
 log = logging.getLogger("tierline.websocket")
+
+SLICE_BYTES = 2048
+"""Bytes that are taken apart at once: they can hold 341 frames, which take a few milliseconds."""
 
 
 class _Call:
@@ -80,6 +84,11 @@ class Session(asyncio.Protocol):
         # By id, requests that wait until others are answered.
         self._queue: OrderedDict[str, tuple[Envelope, bytes, bool]] = OrderedDict()
         self._subscriptions = Subscriptions(owner.plane, owner.jobs, owner.limits.subscriptions, self._send)
+        # Read and not yet taken: bytes, and frames of the bytes before them.
+        self._unread: deque[bytes] = deque()
+        self._events: Iterator[tuple[bool | None, bytes | None]] = iter(())
+        self._turn_due = self._continue_due = False
+        self._invalid = 0
         self._reading = self._writable = True
         self._draining = self._lost = self._flush_due = False
         self._heard = self._framed = owner.clock()  # when bytes came, and when a whole frame did
@@ -96,20 +105,37 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._owner.forget(self)
+        self._drop_unread()
         self._drop_work()
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._owner.clock()
-        for is_text, payload in self._frames.receive(data):
-            self._framed = self._heard
-            if is_text is None:
-                self._pinged = None
-            elif self._frames.is_open:
-                self._take(payload, is_text)
+        self._unread.extend(data[at : at + SLICE_BYTES] for at in range(0, len(data), SLICE_BYTES))
+        if not self._turn_due:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Take as many frames as one turn of the loop allows; the others after everybody else's turn."""
+        self._turn_due = False
+        left = self._limits.turn
+        while left and not self._lost:
+            event = next(self._events, None)
+            if event is not None:
+                left -= 1
+                self._take(*event)
+            elif self._unread:
+                self._events = self._frames.receive(self._unread.popleft())
+            else:
+                break
+        else:
+            self._turn_due = not self._lost
+        if self._turn_due:
+            self._loop.call_soon(self._turn)
         self._flush()
         self._balance()
 
     def eof_received(self) -> bool:
+        self._drop_unread()
         self._frames.end()
         self._flush()
         return False
@@ -126,7 +152,16 @@ class Session(asyncio.Protocol):
 
     # --- messages in ---------------------------------------------------------------------------------------------------
 
-    def _take(self, message: bytes, is_text: bool) -> None:
+    def _take(self, is_text: bool | None, message: bytes | None) -> None:
+        self._framed = self._heard
+        if message is None or not self._frames.is_open:
+            return
+        if is_text is None:
+            self._pinged = None
+        else:
+            self._take_message(message, is_text)
+
+    def _take_message(self, message: bytes, is_text: bool) -> None:
         request_id = ""
         try:
             envelope, body = read_text(message) if is_text else read_binary(message)
@@ -135,6 +170,7 @@ class Session(asyncio.Protocol):
                 self._admit(envelope, body, not is_text)
             else:
                 _ACTS.get(envelope.op, Session._unknown)(self, envelope)
+            self._invalid = 0
         except Exception as error:  # noqa: BLE001 - told to the caller
             self._refuse(request_id or (id_of(message) if is_text else ""), error)
 
@@ -157,7 +193,7 @@ class Session(asyncio.Protocol):
             body,
             envelope.header_length,
             model=envelope.model,
-            version=envelope.version,
+            version=envelope.version or None,
             deadline=None if envelope.budget is None else self._owner.clock() + envelope.budget,
             trace=envelope.traceparent,
             tenant=caller.tenant,
@@ -219,11 +255,22 @@ class Session(asyncio.Protocol):
         if error is not None:
             self._send(_refusal(call.request_id, error))
         if self._queue or self._draining:
+            self._continue_soon()
+
+    def _continue_soon(self) -> None:
+        if not self._continue_due:
+            self._continue_due = True
             self._loop.call_soon(self._continue)
 
     def _continue(self) -> None:
-        """Start what waits, as far as there is room."""
+        """Start what waits, as far as there is room and one turn of the loop allows."""
+        self._continue_due = False
+        left = self._limits.turn
         while self._queue and self._writable and not self._lost and len(self._calls) < self._limits.in_flight:
+            if not left:
+                self._continue_soon()
+                break
+            left -= 1
             request_id, (envelope, body, binary) = self._queue.popitem(last=False)
             try:
                 self._start(envelope, body, binary)
@@ -236,8 +283,11 @@ class Session(asyncio.Protocol):
     def _refuse(self, request_id: str, error: Exception) -> None:
         if isinstance(error, Unauthenticated):
             self._close(UNIDENTIFIED, str(error))
-        else:
-            self._send(_refusal(request_id, error))
+            return
+        self._send(_refusal(request_id, error))
+        self._invalid = self._invalid + 1 if isinstance(error, (InvalidRequest, TooLarge)) else 0
+        if self._invalid >= self._limits.invalid_messages:
+            self._close(POLICY, f"{self._invalid} messages in a row could not be read")
 
     def tell_versions(self, model: str | None = None) -> None:
         """Push the versions of a model, None = of all, that are not those told last."""
@@ -273,7 +323,7 @@ class Session(asyncio.Protocol):
             self._transport.abort()
 
     def _balance(self) -> None:
-        wanted = self._writable and not self._queue
+        wanted = self._writable and not self._queue and not self._turn_due
         if wanted != self._reading and not self._lost and not self._transport.is_closing():
             self._reading = wanted
             if wanted:
@@ -307,8 +357,10 @@ class Session(asyncio.Protocol):
         """End the session of a caller whose credential does not hold any more."""
         try:
             self._identified()
-        except TierlineError as error:
+        except Unauthenticated as error:
             self._close(UNIDENTIFIED, str(error))
+        except TierlineError as error:
+            log.debug("a WebSocket caller will be identified later: %s", error)
 
     def drain(self) -> None:
         """Take no more requests, answer those taken, close."""
@@ -333,6 +385,10 @@ class Session(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
+
+    def _drop_unread(self) -> None:
+        self._unread.clear()
+        self._events = iter(())
 
     def _drop_work(self) -> None:
         self._queue.clear()

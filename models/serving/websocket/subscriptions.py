@@ -11,7 +11,8 @@ from models.serving.plane import DataPlane
 from models.serving.websocket.envelope import news_text
 
 JobFeed = Callable[[Caller, str, Callable[[Mapping[str, Any]], None]], Callable[[], None]]
-"""`feed(caller, job, notify)` calls `notify(event)` in the loop whenever the job changes; what it returns ends that.
+"""`feed(caller, job, notify)` calls `notify(event)` once, in the loop and not before it has returned: when the job has ended
+or turns out to be none that the caller may know of. What it returns takes that back.
 
 Raises NotFound for a job that the caller may not know of.
 """
@@ -37,13 +38,19 @@ class Subscriptions:
         self._send(news_text("model", model=model, versions=versions))
 
     def add_job(self, caller: Caller, job: str) -> None:
-        """Tell what becomes of the job. Raises NotFound, Overloaded."""
+        """Tell what has become of the job, once. Raises NotFound, Overloaded."""
         if self._feed is None:
             raise NotFound("no jobs are kept here")
         if job in self._jobs:
             return
         self._check_room()
-        self._jobs[job] = self._feed(caller, job, lambda event: self._send(news_text("job", job=job, event=event)))
+
+        def told(event: Mapping[str, Any]) -> None:
+            # Given back first: what the client then asks for finds its room.
+            self._jobs.pop(job, None)
+            self._send(news_text("job", job=job, event=event))
+
+        self._jobs[job] = self._feed(caller, job, told)
 
     def remove(self, model: str, job: str) -> None:
         """End both, where there are such."""

@@ -18,6 +18,20 @@ def test_a_reachable_address_needs_a_word_of_consent(tmp_path: Path, capsys: pyt
     assert error.count("\n") == 1
 
 
+def test_metrics_for_other_machines_need_a_word_of_consent_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--host", "0.0.0.0", "--access", "a", "--tls-cert", "c", "--tls-key", "k", "--metrics-port", "0"]
+    assert serve([str(tmp_path), *options, "--metrics-host", "0.0.0.0"]) == 2
+    error = capsys.readouterr().err
+    assert "--metrics-host 0.0.0.0" in error
+    assert "--insecure" in error
+    assert error.count("\n") == 1
+    for accepted in ([], ["--metrics-host", "0.0.0.0", "--insecure"]):
+        assert serve([str(tmp_path / "missing"), *options, *accepted]) == 2
+        assert "--metrics-host" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["missing", ""])
 def test_a_folder_without_models_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert serve([str(tmp_path / name)]) == 2

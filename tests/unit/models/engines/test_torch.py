@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,8 @@ import torch
 from tiny_models import SCALE, SUM, write, write_export, write_torchscript
 
 from models.contract import bind
-from models.engines import EngineOptions, get_engine
+from models.engines import EngineOptions, get_engine, torch_archive
 from models.engines.torch import TorchEngine, TorchSession
-from models.engines.torch_archive import MAX_GRAPH_BYTES
 from models.errors import ContractBreach, EngineFailure
 from models.tensor import TensorSpec
 
@@ -269,12 +270,12 @@ def test_an_export_that_does_more_than_compute_is_refused_before_torch_sees_it(
 def test_nothing_in_an_export_is_unpickled_beyond_plain_tensors(tmp_path: Path, place: str) -> None:
     mark = tmp_path / "unpickled"
     path = write_export(SCALE, tmp_path / "m")
-    root = zipfile.ZipFile(path).namelist()[0].partition("/")[0]
+    folder = root(path)
     data = pickled(Payload(mark))
-    rewritten(path, lambda name, old: data if name == f"{root}/{place}" else old)
-    if f"{root}/{place}" not in zipfile.ZipFile(path).namelist():
+    rewritten(path, lambda name, old: data if name == f"{folder}/{place}" else old)
+    if f"{folder}/{place}" not in zipfile.ZipFile(path).namelist():
         with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"{root}/{place}", data)
+            archive.writestr(f"{folder}/{place}", data)
     with pytest.raises(ContractBreach, match="plain tensors"):
         load(path)
     assert not mark.exists()
@@ -288,12 +289,162 @@ def test_a_weight_that_asks_for_the_unpickler_is_refused(tmp_path: Path) -> None
         load(rewritten(write_export(SCALE, tmp_path), ask))
 
 
-def test_a_graph_that_unpacks_to_more_than_is_read_is_refused(tmp_path: Path) -> None:
+def test_a_graph_that_is_too_large_to_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_archive, "MAX_GRAPH_BYTES", 1000)
+    with pytest.raises(ContractBreach, match="at most 1000 are accepted"):
+        load(write_export(SCALE, tmp_path))
+
+
+def test_an_archive_cannot_claim_more_than_the_file_has(tmp_path: Path) -> None:
     path = write_export(SCALE, tmp_path)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model/bomb.json", b"0" * (MAX_GRAPH_BYTES + 1))
-    with pytest.raises(ContractBreach, match=f"at most {MAX_GRAPH_BYTES} are accepted"):
+        archive.writestr(f"{root(path)}/extra/bomb", b"0" * (1 << 20))
+    with pytest.raises(ContractBreach, match="unpacks to more bytes than it has"):
         load(path)
+
+
+def test_a_compressed_record_is_refused(tmp_path: Path) -> None:
+    path = write_export(SCALE, tmp_path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{root(path)}/extra/notes", b"0" * 100)
+    with pytest.raises(ContractBreach, match="'extra/notes' is compressed"):
+        load(path)
+
+
+# --- what one reader of zip files sees and another does not --------------------------------------------------------------
+
+
+def root(path: Path) -> str:
+    return zipfile.ZipFile(path).namelist()[0].partition("/")[0]
+
+
+def renamed(path: Path, rename: Callable[[str], str], more: dict[str, bytes] | None = None) -> Path:
+    """The archive at `path` with other names, and more entries."""
+    source = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w") as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name given twice
+        for name in source.namelist():
+            target.writestr(rename(name), source.read(name))
+        for name, data in (more or {}).items():
+            target.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".JSON", ".Json", ".jsoN"])
+def test_a_graph_in_other_letters_is_not_passed_by(tmp_path: Path, suffix: str) -> None:
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path('{mark}').touch() or Symbol('s77')"
+    path = rewritten(write_export(SCALE, tmp_path / "m"), graph_with(lambda tree: size(tree).update(expr_str=code)))
+    renamed(path, lambda name: name.replace("models/model.json", f"models/model{suffix}"))
+    with pytest.raises(ContractBreach, match="does not belong into"):
+        load(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("{root}/data/Sample_Inputs/model.pt", "is pickled"),
+        ("{root}/data/sample_inputs/MODEL.PT", "is pickled"),
+        ("{root}/data/sample_inputs/model.pt", "twice"),
+        ("{root}/models/model.json", "twice"),
+        ("{root}/models/Model.json", "does not belong"),
+        ("{root}/models/other.json", "does not belong"),
+        ("{root}/models/model.txt", "does not belong"),
+        ("{root}/models/", "does not belong"),
+        ("{root}\\models\\model.json", "does not belong"),
+        ("{root}/../models/model.json", "does not belong"),
+        ("{root}/models/./model.json", "does not belong"),
+        ("other/models/model.json", "does not belong"),
+        ("models/model.json", "does not belong"),
+        ("/models/model.json", "does not belong"),
+        ("version", "does not belong"),
+        ("{root}/data/aotinductor/model/model.so", "does not belong"),
+        ("{root}/data/constants/opaque_obj_0", "does not belong"),
+        ("{root}/data/constants/custom_obj_0", "does not belong"),
+        ("{root}/data/weights/weight_\u0660", "does not belong"),
+    ],
+)
+def test_a_record_that_export_does_not_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, reason: str
+) -> None:
+    path = write_export(SCALE, tmp_path)
+    renamed(path, lambda name: name, {more.format(root=root(path)): b"{}"})
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("torch has seen it"))
+    with pytest.raises(ContractBreach, match=reason):
+        load(path)
+
+
+def test_an_entry_whose_two_headers_differ_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_export(SCALE, tmp_path)
+    data = path.read_bytes()
+    at = data.index(b"models/model.json")  # the first is that of the entry itself
+    path.write_bytes(data[:at] + b"models/MODEL.json" + data[at + 17 :])
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("torch has seen it"))
+    with pytest.raises(ContractBreach):
+        load(path)
+
+
+def test_what_is_no_plain_tensor_is_not_unpickled_as_a_constant(tmp_path: Path) -> None:
+    mark = tmp_path / "unpickled"
+    path = write_export(SCALE, tmp_path / "m")
+    meta = {
+        "dtype": 1, "sizes": [{"as_int": 1}], "requires_grad": False, "device": {"type": "cpu", "index": None},
+        "strides": [{"as_int": 1}], "storage_offset": {"as_int": 0}, "layout": 7,
+    }  # fmt: skip
+    entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": meta}
+    config = json.dumps({"config": {"c": entry}}).encode()
+    rewritten(path, lambda name, data: config if name.endswith("model_constants_config.json") else data)
+    with pytest.raises(ContractBreach, match="names 'opaque_obj_0', which is no plain tensor"):
+        load(path)
+    renamed(path, lambda name: name, {f"{root(path)}/data/constants/opaque_obj_0": pickle.dumps(Payload(mark))})
+    with pytest.raises(ContractBreach, match="does not belong into"):
+        load(path)
+    assert not mark.exists()
+
+
+def test_the_older_format_is_not_fallen_back_to(tmp_path: Path) -> None:
+    mark = tmp_path / "unpickled"
+    path = write_export(SCALE, tmp_path / "m")
+    older = {
+        "version": b"8.9",
+        "serialized_exported_program.json": b"{}",
+        "serialized_state_dict.pt": pickled(Payload(mark)),
+        "serialized_constants.pt": pickled(Payload(mark)),
+        "serialized_example_inputs.pt": pickled(Payload(mark)),
+    }
+    renamed(path, lambda name: name.replace("archive_version", "no_version"), older)
+    with pytest.raises(ContractBreach):
+        load(path)
+    assert not mark.exists()
+
+
+def test_a_file_that_changes_after_the_screen_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_export(SCALE, tmp_path)
+    load_program = torch.export.load
+
+    def load_late(archive: Any) -> Any:
+        path.write_bytes(b"something else")
+        return load_program(archive)
+
+    monkeypatch.setattr(torch.export, "load", load_late)
+    assert load(path).run(SCALE.example(), ())[0].shape == (3, 4)
+
+
+def test_weights_and_constants_survive_the_screen_bit_by_bit(tmp_path: Path) -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 3)
+            self.offset = torch.arange(3.0)
+
+        def forward(self, x: Any) -> Any:
+            return self.linear(x) + self.offset
+
+    module, x = Module(), torch.ones(1, 4)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "model.pt2")
+    got = load(tmp_path / "model.pt2").run({"x": x.numpy()}, ())[0]
+    np.testing.assert_array_equal(got, module(x).detach().numpy())
 
 
 @pytest.mark.parametrize("damage", [b"garbage", b"", b"PK\x03\x04 and no more"])

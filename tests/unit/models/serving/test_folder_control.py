@@ -13,14 +13,14 @@ from onnx_writer import OnnxWriter
 
 from models.engines import EngineOptions, Session, get_engine
 from models.errors import NotFound, NotReady, Overloaded, PackageError
-from models.serving import folder_control
-from models.serving.folder import VersionFolder
+from models.serving import folder_control, verdicts
+from models.serving.folder import Loading, VersionFolder
 from models.serving.folder_control import FolderControl, probing
 from models.serving.index import ModelState
 from models.serving.local import Local
 from models.serving.model_settings import ModelSettings
 from models.serving.predictor import InferRequest
-from models.serving.probe import Verdict
+from models.serving.probe import ProbeRequest, Verdict
 from models.serving.repository import Repository
 from models.serving.verdicts import Verdicts
 
@@ -385,6 +385,57 @@ async def test_a_real_child_tries_the_files(shop: Shop, tmp_path: Path) -> None:
     assert [problem.partition(": ")[0] for problem in problems] == [str(shop.folder / "m" / each) for each in "23"]
     assert "manifest" in problems[1]
     assert shop.states() == {"1": "READY", "2": "UNAVAILABLE", "3": "UNAVAILABLE"}
+
+
+async def test_what_lies_beside_a_file_is_part_of_what_was_tried(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    async def probe_files(requests: Sequence[ProbeRequest]) -> list[Verdict]:
+        found = [Path(each.path).with_name("weights.data") for each in requests]
+        tried.extend(file.read_text() if file.exists() else "missing" for file in found)
+        return [Verdict(file.exists(), "" if file.exists() else "its weights are missing") for file in found]
+
+    monkeypatch.setattr(verdicts, "probe_files", probe_files)
+    shop.put("m", 1)
+    weights = shop.folder / "m" / "1" / "weights.data"
+    outcomes: list[str] = []
+    for content in ("good", None, "good", "other", "good"):
+        weights.unlink(missing_ok=True)
+        if content is not None:
+            weights.write_text(content)
+        control, repository = shop.make(probe=probing(Verdicts(tmp_path / "verdicts"))), shop.repository
+        try:
+            await control.load("m")
+            outcomes.append("served")
+        except PackageError as error:
+            outcomes.append(str(error))
+        repository.put("m", {}, ModelSettings())
+    refused = "model 'm' version '1': its weights are missing"
+    assert outcomes == ["served", refused, "served", "served", "served"]
+    assert tried == ["good", "missing", "other"]
+
+
+async def test_a_probe_may_use_memory_for_all_files(shop: Shop) -> None:
+    weights = shop.put("m", 1).with_name("weights.data")
+    alone = VersionFolder("m", weights.parent, ModelSettings(), Loading(("onnx",))).probe_request()
+    weights.write_bytes(bytes(1000))
+    beside = VersionFolder("m", weights.parent, ModelSettings(), Loading(("onnx",))).probe_request()
+    assert beside.limits.memory_bytes == alone.limits.memory_bytes + 5 * 1000
+
+
+async def test_a_model_that_is_stuck_is_not_ready_and_another_load_replaces_it(shop: Shop) -> None:
+    shop.put("m", 1)
+    await shop.control.start()
+    stuck = shop.repository.lookup("m", None)
+    stuck.stuck = True
+    assert shop.states() == {"1": "UNAVAILABLE"}
+    assert shop.reason("m", "1") == "it is stuck in a run that cannot be stopped"
+    assert not shop.repository.is_ready("m", None)
+    await shop.control.load("m")
+    assert shop.states() == {"1": "READY"}
+    assert shop.repository.lookup("m", None) is not stuck
 
 
 # --- polling -------------------------------------------------------------------------------------------------------

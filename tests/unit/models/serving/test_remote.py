@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from models.errors import (
     Unauthenticated,
     Unreachable,
 )
+from models.serving.endpoint import Endpoint
 from models.serving.exchange import Handler, HttpRequest, HttpResponse, error_response
 from models.serving.http.server import serve_http
 from models.serving.plane import DataPlane
@@ -30,6 +31,7 @@ from models.serving.predictor import InferRequest
 from models.serving.remote import Remote
 from models.serving.reply import MAX_RESPONSE_HEAD_BYTES
 from models.serving.rest import RestHandler
+from models.serving.wire import MAX_WAITING, Pool
 from models.testing import FailingPredictor, SlowPredictor, StaticPredictor
 
 X = {"x": np.arange(3, dtype=np.float32)}
@@ -174,6 +176,43 @@ async def test_who_finds_no_free_connection_waits_until_the_deadline() -> None:
         assert await remote.ping(1) > 0  # a ping does not take a full pool for a dead server
         slow.release.set()
         assert (await first).tier == (await waiting).tier == "edge"
+
+
+async def test_who_has_given_up_waiting_takes_nobodys_place() -> None:
+    began, gone = asyncio.Event(), asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        began.set()
+        with suppress(ConnectionError):
+            await reader.read()  # until the client has gone
+        writer.close()
+        gone.set()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    pool = Pool(Endpoint("127.0.0.1", server.sockets[0].getsockname()[1]), size=1, connect_timeout=1)
+    loop, parts = asyncio.get_running_loop(), [b"GET / HTTP/1.1\r\n\r\n"]
+    long = asyncio.ensure_future(pool.exchange(parts, loop.time() + 60))
+    try:
+        await began.wait()
+        late = loop.time() - 1
+        given_up = await asyncio.gather(
+            *(pool.exchange(parts, late) for _ in range(MAX_WAITING)), return_exceptions=True
+        )
+        assert {type(error) for error in given_up} == {DeadlineExceeded}
+        with pytest.raises(DeadlineExceeded):
+            await pool.exchange(parts, late)
+        left = asyncio.ensure_future(pool.exchange(parts, loop.time() + 60))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.wait((left,))
+        assert not pool._waiting
+    finally:
+        long.cancel()
+        await asyncio.wait((long,))
+        await gone.wait()
+        pool.close()
+        server.close()
+        await server.wait_closed()
 
 
 async def test_ping_tells_not_ready_from_unreachable() -> None:

@@ -10,6 +10,7 @@ import pytest
 from session_fake import FakeSession, loaded
 
 from models.errors import ContractBreach, DeadlineExceeded, NotFound, NotReady, Overloaded, PackageError
+from models.serving import flight
 from models.serving import residency as rooms
 from models.serving.drive import drive
 from models.serving.loaded import Loaded
@@ -340,6 +341,109 @@ async def test_models_that_do_not_fit_together_take_turns_and_all_answer(clock: 
     assert repository.residency.use().loads <= 4 + (time.monotonic() - start) / rooms.MIN_HOLD_SECONDS
     assert repository.residency.use().used <= COST
     await repository.close()
+
+
+async def outside(repository: Repository, clock: Clock, **costs: int) -> None:
+    """Versions that were loaded once and are out of memory now."""
+    for name, cost in costs.items():
+        await register(repository, name, cost=cost)
+        repository.residency.evict(repository.registered(name, None))
+        clock.now += 1
+
+
+async def looks() -> None:
+    """Until whoever waits for room has been looked at several times more."""
+    await asyncio.sleep(4 * rooms.ROOM_SECONDS)
+
+
+async def test_one_that_waits_for_room_does_not_hold_up_what_fits(repository: Repository, clock: Clock) -> None:
+    await outside(repository, clock, large=150, small=COST // 2)
+    busy = await register(repository, "busy", cost=COST)
+    assert busy.loaded is not None
+    busy.loaded.acquire()
+    waiting = asyncio.create_task(repository.resident("large", None, clock.now + 50))
+    await looks()
+    await asyncio.wait_for(repository.resident("small", None, clock.now + 50), 5)
+    assert (in_memory(repository), waiting.done()) == (["busy", "small"], False)
+    clock.now += rooms.MIN_HOLD_SECONDS
+    busy.loaded.release()
+    await asyncio.wait_for(waiting, 5)
+    assert "large" in in_memory(repository)
+
+
+async def test_one_that_waits_is_overtaken_only_so_often_and_then_let_alone_for_a_while(
+    repository: Repository, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flight, "MAX_OVERTAKEN", 2)
+    await outside(repository, clock, large=150, a=10, b=10, c=10, d=10)
+    busy = await register(repository, "busy", cost=COST)
+    assert busy.loaded is not None
+    busy.loaded.acquire()
+    waiting = [asyncio.create_task(repository.resident("large", None, clock.now + 50))]
+    for name in "abcd":
+        await looks()
+        waiting.append(asyncio.create_task(repository.resident(name, None, clock.now + 50)))
+    await looks()
+    assert in_memory(repository) == ["a", "b", "busy"]
+    clock.now += flight.ALONE_SECONDS
+    await asyncio.wait_for(asyncio.gather(*waiting[3:]), 5)
+    assert not waiting[0].done()
+    waiting[0].cancel()
+    busy.loaded.release()
+
+
+async def test_those_that_overtook_one_keep_their_places_against_it_least(repository: Repository, clock: Clock) -> None:
+    await outside(repository, clock, large=180, small=COST // 2)
+    busy = await register(repository, "busy", cost=COST)
+    assert busy.loaded is not None
+    busy.loaded.acquire()
+    waiting = asyncio.create_task(repository.resident("large", None, clock.now + 50))
+    await looks()
+    clock.now += 0.1
+    await asyncio.wait_for(repository.resident("small", None, clock.now + 50), 5)
+    repository.registered("small", None).load_seconds = 5.0
+    clock.now += rooms.MIN_HOLD_SECONDS
+    busy.loaded.release()
+    await asyncio.wait_for(waiting, 5)
+    assert in_memory(repository) == ["large"]
+
+
+async def test_equals_that_wait_are_served_in_the_order_they_came(repository: Repository, clock: Clock) -> None:
+    await outside(repository, clock, first=2 * COST, second=2 * COST)
+    busy = await register(repository, "busy")
+    assert busy.loaded is not None
+    busy.loaded.acquire()
+    came: list[str] = []
+
+    async def ask(name: str) -> None:
+        await repository.resident(name, None, clock.now + 50)
+        came.append(name)
+        clock.now += rooms.MIN_HOLD_SECONDS
+
+    waiting = [asyncio.create_task(ask(name)) for name in ("first", "second")]
+    await looks()
+    clock.now += rooms.MIN_HOLD_SECONDS
+    busy.loaded.release()
+    await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert came == ["first", "second"]
+
+
+async def test_room_that_nobody_waits_for_any_more_is_given_to_the_next(repository: Repository, clock: Clock) -> None:
+    await outside(repository, clock, left=2 * COST, next=2 * COST)
+    busy = await register(repository, "busy")
+    assert busy.loaded is not None
+    busy.loaded.acquire()
+    leaving = asyncio.create_task(repository.resident("left", None, clock.now + 50))
+    await looks()
+    staying = asyncio.create_task(repository.resident("next", None, clock.now + 50))
+    await looks()
+    leaving.cancel()
+    clock.now += rooms.MIN_HOLD_SECONDS
+    await looks()
+    busy.loaded.release()
+    await asyncio.wait_for(staying, 5)
+    assert in_memory(repository) == ["next"]
+    assert repository.residency.use().used == 2 * COST
 
 
 def test_memory_is_read_where_the_system_tells_it() -> None:

@@ -10,7 +10,7 @@ from package_writer import scale_package
 
 from models.engines import EngineOptions
 from models.serving import verdicts
-from models.serving.probe import ProbeLimits, ProbeRequest, Verdict
+from models.serving.probe import ProbeLimits, ProbeRequest, Verdict, file_request
 from models.serving.verdicts import Verdicts
 from models.tensor import TensorSpec
 
@@ -112,3 +112,12 @@ async def test_only_what_is_not_known_is_probed(
     assert [verdict.reason for verdict in await kept.judge(several)] == ["1", "2", "3"]
     assert probed == ([2.0, 1.0, 3.0] if folder else [2.0, 1.0, 2.0, 3.0])
     assert await kept.judge([]) == []
+
+
+def test_a_verdict_is_for_everything_that_is_loaded_with_the_file(tmp_path: Path) -> None:
+    kept = Verdicts(tmp_path / "kept")
+    (tmp_path / "model.onnx").write_bytes(b"model")
+    alone = file_request(tmp_path / "model.onnx", "onnx")
+    beside = file_request(tmp_path / "model.onnx", "onnx", digest="sha256:" + "0" * 64)
+    kept.keep(alone, BAD)
+    assert (kept.find(alone), kept.find(beside)) == (BAD, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ import pytest
 from access_writer import AccessWriter
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from models.errors import Unauthenticated
-from models.serving.access import checked, tokens
-from models.serving.access.checked import FAILURES_AT_ONCE, MAX_REMEMBERED, CheckedAccess
+from models.errors import Overloaded, Unauthenticated
+from models.serving.access import checked, files, settings, tokens
+from models.serving.access.checked import FAILURES_AT_ONCE, CheckedAccess
 from models.serving.access.keys import kid_of
 from models.serving.access.settings import InvalidAccess
 from models.serving.access.tokens import CLOCK_SKEW_SECONDS
@@ -63,27 +65,41 @@ def test_a_token_says_client_tenant_rights_and_how_long(tmp_path: Path, clocks: 
     assert caller == Caller("c", "acme", True, ("a*",), 100.0 + 60 + CLOCK_SKEW_SECONDS)
 
 
-def test_a_token_is_verified_once_and_again_when_it_has_expired(
-    tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every signature that is looked at."""
+    found: list[int] = []
+    monkeypatch.setattr(checked, "verify", lambda *given: found.append(1) or tokens.verify(*given))
+    return found
+
+
+def test_a_token_is_verified_once_and_refused_when_it_has_expired(
+    tmp_path: Path, clocks: Clocks, verified: list[int]
 ) -> None:
     writer = AccessWriter(tmp_path)
     access = access_of(writer, clocks)
-    verified = []
-    monkeypatch.setattr(checked, "verify", lambda *given: verified.append(1) or tokens.verify(*given))
     now = int(clocks.wall)
     bearer = writer.bearer(iat=now, exp=now + 60)
     assert all(access.identify(AWAY, bearer).client == "c" for _ in range(5))
     assert len(verified) == 1
     clocks.move(60 + CLOCK_SKEW_SECONDS)
     assert "expired" in refused(access, AWAY, bearer)
-    assert len(verified) == 2
+    assert len(verified) == 1
 
 
-def test_what_is_remembered_is_bounded(tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
-    access = access_of(AccessWriter(tmp_path, "tenant_from_certificate = true\n"), clocks)
-    for number in range(MAX_REMEMBERED + 10):
-        access.identify(Peer("192.0.2.7", f"acme.n{number}", encrypted=True), None)
-    assert len(access._known) == MAX_REMEMBERED
+def test_what_is_remembered_is_bounded_and_the_latest(
+    tmp_path: Path, clocks: Clocks, verified: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checked, "MAX_REMEMBERED", 3)
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    bearers = [writer.bearer(jti=f"j{number}") for number in range(5)]
+    for bearer in bearers:
+        access.identify(AWAY, bearer)
+    for bearer in bearers[2:]:
+        access.identify(AWAY, bearer)
+    assert len(access._known) == 3
+    assert len(verified) == 5
 
 
 @pytest.mark.parametrize(
@@ -309,11 +325,15 @@ def test_a_change_that_could_not_be_read_is_read_when_it_can_be_though_it_change
     bearer = writer.bearer()
     writer.revoked.write_text("jti j1\n")
 
-    def unreadable(path: Path) -> Any:
-        raise InvalidAccess("too many open files")
+    plain = Path.open
+
+    def unreadable(path: Path, *given: Any) -> Any:
+        if path == writer.revoked:
+            raise OSError(24, "Too many open files")
+        return plain(path, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checked, "load_revoked", unreadable)
+        patched.setattr(Path, "open", unreadable)
         clocks.move(LOOK_SECONDS)
         assert access.identify(AWAY, bearer)
     clocks.move(LOOK_SECONDS)
@@ -342,23 +362,135 @@ def test_without_keys_no_token_is_taken(tmp_path: Path, clocks: Clocks) -> None:
     assert "certificate" in refused(access, AWAY)
 
 
-def test_an_address_that_sends_rubbish_is_not_verified_without_end(
-    tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+def forged(writer: AccessWriter, number: int) -> bytes:
+    """A token that names a known key and is signed with another."""
+    return writer.bearer(key=Ed25519PrivateKey.generate(), jti=f"f{number}")
+
+
+def test_an_address_that_sends_forgeries_is_not_verified_without_end(
+    tmp_path: Path, clocks: Clocks, verified: list[int]
 ) -> None:
     writer = AccessWriter(tmp_path)
     access = access_of(writer, clocks)
-    verified = []
-    monkeypatch.setattr(checked, "verify", lambda *given: verified.append(1) or tokens.verify(*given))
     good = writer.bearer()
     access.identify(AWAY, good)
-    for number in range(FAILURES_AT_ONCE * 3):
-        refused(access, AWAY, b"Bearer rubbish%d" % number)
+    for number in range(FAILURES_AT_ONCE):
+        assert "signature" in refused(access, AWAY, forged(writer, number))
     assert len(verified) == FAILURES_AT_ONCE + 1
     assert access.identify(AWAY, good).client == "c", "who was known stays known"
     assert access.identify(Peer("192.0.2.8", encrypted=True), writer.bearer(jti="j2"))
-    assert "too many" in refused(access, AWAY, writer.bearer(jti="j3"))
+    for bearer in (forged(writer, -1), writer.bearer(jti="j3")):
+        with pytest.raises(Overloaded) as caught:
+            access.identify(AWAY, bearer)
+        assert 0 < caught.value.retry_after <= 1
+    assert len(verified) == FAILURES_AT_ONCE + 2
     clocks.move(1.0)
     assert access.identify(AWAY, writer.bearer(jti="j3"))
+
+
+def test_what_costs_no_signature_holds_up_no_good_token_of_the_same_address(tmp_path: Path, clocks: Clocks) -> None:
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    foreign = writer.bearer(header={"kid": "unknown"})
+    for _ in range(FAILURES_AT_ONCE + 20):
+        refused(access, AWAY, b"Bearer x")
+        refused(access, AWAY, foreign)
+    assert access.identify(AWAY, writer.bearer()).client == "c"
+
+
+def test_a_verified_token_needs_no_second_look_at_its_signature_when_files_change(
+    tmp_path: Path, clocks: Clocks, verified: list[int]
+) -> None:
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    good, revoked = writer.bearer(sub="c"), writer.bearer(jti="j2")
+    access.identify(AWAY, good)
+    access.identify(AWAY, revoked)
+    writer.revoked.write_text("jti j2\n")
+    writer.write("[clients.c]\nadmin = true\n")
+    clocks.move(LOOK_SECONDS)
+    for number in range(FAILURES_AT_ONCE):
+        refused(access, AWAY, forged(writer, number))
+    before = len(verified)
+    assert access.identify(AWAY, good).admin, "the new settings count"
+    assert refused(access, AWAY, revoked) == "the token has been revoked"
+    assert len(verified) == before
+    writer.write('audience = "elsewhere"\n')
+    clocks.move(LOOK_SECONDS)
+    assert "audience" in refused(access, AWAY, good)
+    assert len(verified) == before
+
+
+def test_a_key_that_is_replaced_under_its_name_ends_the_tokens_of_the_old_one(tmp_path: Path, clocks: Clocks) -> None:
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    bearer = writer.bearer()
+    access.identify(AWAY, bearer)
+    writer.add_key(Ed25519PrivateKey.generate()).replace(tmp_path / "keys" / f"{writer.kid}.pem")
+    clocks.move(LOOK_SECONDS)
+    assert "signature" in refused(access, AWAY, bearer)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every file that is parsed."""
+    found: list[str] = []
+
+    def load(plain: Callable[[Path], Any], path: Path) -> Any:
+        found.append(path.name)
+        return plain(path)
+
+    for name in ("load_settings", "_load_keys", "load_revoked"):
+        monkeypatch.setattr(files, name, partial(load, getattr(files, name)))
+    return found
+
+
+def test_only_the_file_that_changed_is_parsed_and_a_broken_one_once(
+    tmp_path: Path, clocks: Clocks, parsed: list[str]
+) -> None:
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    assert parsed == ["access.toml", "keys", "revoked.txt"]
+
+    def looked() -> list[str]:
+        parsed.clear()
+        for _ in range(3):
+            clocks.move(LOOK_SECONDS)
+            assert access.revision
+        return parsed
+
+    assert looked() == []
+    writer.revoked.write_text("jti j1\n")
+    assert looked() == ["revoked.txt"]
+    writer.write("require_tls = false\n")
+    assert looked() == ["access.toml"]
+    (tmp_path / "keys" / "broken.pem").write_text("no key")
+    assert looked() == ["keys"]
+    writer.path.write_text("broken = [")
+    assert looked() == ["access.toml"]
+
+
+def test_a_broken_key_file_keeps_no_revocation_from_counting(tmp_path: Path, clocks: Clocks) -> None:
+    writer = AccessWriter(tmp_path)
+    access = access_of(writer, clocks)
+    bearer = writer.bearer()
+    access.identify(AWAY, bearer)
+    (tmp_path / "keys" / "broken.pem").write_text("no key")
+    writer.path.write_text("broken = [")
+    clocks.move(LOOK_SECONDS)
+    assert access.identify(AWAY, bearer)
+    writer.revoked.write_text("jti j1\n")
+    clocks.move(LOOK_SECONDS)
+    assert "revoked" in refused(access, AWAY, bearer)
+
+
+def test_an_access_file_is_no_larger_than_what_is_read_between_two_requests(tmp_path: Path, clocks: Clocks) -> None:
+    table = '[clients."gateway-%d"]\ntenant = "t"\n'
+    writer = AccessWriter(tmp_path, "".join(table % number for number in range(1500)))
+    access_of(writer, clocks)
+    writer.path.write_text("#" * (settings.MAX_ACCESS_BYTES + 1))
+    with pytest.raises(InvalidAccess, match="more than"):
+        access_of(writer, clocks)
 
 
 def test_local_callers_are_identified_for_good(tmp_path: Path, clocks: Clocks) -> None:

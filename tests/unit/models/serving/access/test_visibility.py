@@ -14,7 +14,7 @@ from models.errors import NotFound
 from models.serving.access.checked import CheckedAccess
 from models.serving.caller import Caller, Peer
 from models.serving.exchange import HttpHead, HttpRequest
-from models.serving.index import ModelDescription
+from models.serving.index import ModelDescription, ModelStatistics
 from models.serving.plane import DataPlane
 from models.serving.rest import RestHandler
 from models.tensor import TensorSpec
@@ -37,6 +37,19 @@ class Index:
 
     def is_ready(self, model: str, version: str | None) -> bool:
         return self.describe(model, version) is not None
+
+
+class Counters:
+    """As the meter: of every model when none is named, with an error for a version that one of them has not."""
+
+    def statistics(self, model: str | None, version: str | None) -> list[ModelStatistics]:
+        versions = {"acme-1": ("1", "2"), "acme-2": ("2",), "bolt-1": ("3",)}
+        found = []
+        for name in versions if model is None else (model,):
+            if version is not None and version not in versions[name]:
+                raise NotFound(f"model '{name}' has no version '{version}' here; served: {', '.join(versions[name])}")
+            found += [ModelStatistics(name, each) for each in versions[name] if version in (None, each)]
+        return found
 
 
 class Server:
@@ -87,6 +100,28 @@ def test_the_index_lists_a_tenants_models_alone(server: Server) -> None:
     assert server.plane.names(Caller(admin=True)) == ["acme-1", "bolt-1"]
 
 
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        (None, [("acme-1", "1"), ("acme-1", "2"), ("acme-2", "2")]),
+        ("1", [("acme-1", "1")]),
+        ("2", [("acme-1", "2"), ("acme-2", "2")]),
+        ("3", []),
+        ("9", []),
+    ],
+)
+def test_statistics_of_all_models_are_of_a_tenants_own_whatever_version_is_asked_for(
+    server: Server, version: str | None, found: list[tuple[str, str]]
+) -> None:
+    class Three(Index):
+        def names(self) -> list[str]:
+            return ["acme-1", "bolt-1", "acme-2"]
+
+    plane = DataPlane(server.predictor, Three(), ready=lambda: True, access=server.access, statistics=Counters())
+    caller = server.access.identify(AWAY, server.writer.bearer(tenant="acme"))
+    assert [(each.name, each.version) for each in plane.statistics(caller, None, version)] == found
+
+
 @pytest.mark.parametrize(("method", "rest"), ROUTES)
 async def test_nobody_asks_for_a_model_without_a_credential(server: Server, method: str, rest: str) -> None:
     status, body, headers = await server.ask(method, f"/v2/models/acme-1{rest}", None, BODY)
@@ -103,5 +138,5 @@ async def test_a_connection_that_repeats_its_head_is_refused_once_its_token_is_r
     assert (await server.handler(HttpRequest(head, BODY))).status == 200
     assert (await server.handler(HttpRequest(head, BODY))).status == 200
     server.writer.revoked.write_text("jti j1\n")
-    server.access._watch.due = 0.0  # a second has passed
+    server.access._files.due = 0.0  # a second has passed
     assert (await server.handler(HttpRequest(head, BODY))).status == 401

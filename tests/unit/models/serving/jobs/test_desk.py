@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from models.errors import (
 from models.serving.caller import Caller
 from models.serving.jobs import desk as module
 from models.serving.jobs.desk import Jobs
+from models.serving.jobs.feed import job_feed
 from models.serving.jobs.job import TRANSITIONS, Answer, Failure, Job, Work
 from models.serving.jobs.runner import LOW_PRIORITY, RunnerSettings
 from models.serving.jobs.sqlite import SqliteJobs
@@ -356,3 +357,81 @@ async def test_the_end_is_reported_to_an_allowed_webhook_and_tried_again(make: A
 def test_the_table_of_states_has_no_way_out_of_an_end_and_reaches_every_state() -> None:
     reached = {state for following in TRANSITIONS.values() for state in following}
     assert reached | {"queued"} == set(TRANSITIONS)
+
+
+# --- what one owner may take ---------------------------------------------------------------------------------------------
+
+
+async def test_one_owner_cannot_have_all_calls_to_the_store(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = await make(StaticPredictor(Y), started=False)
+    mine, others = await submit(jobs), await submit(jobs, OTHER)
+    gate = asyncio.Event()
+    find = jobs._store.find
+
+    async def slow(ids: Sequence[str]) -> list[Job]:
+        await gate.wait()
+        return await find(ids)
+
+    monkeypatch.setattr(jobs._store, "find", slow)
+    waiting = [asyncio.ensure_future(jobs.get(ME, mine.id)) for _ in range(module.MAX_ASKING)]
+    await asyncio.sleep(0)
+    for call in (lambda: jobs.get(ME, mine.id), lambda: jobs.listing(ME, 1), lambda: submit(jobs)):
+        with pytest.raises(Overloaded, match="of your calls wait"):
+            await call()
+    other = asyncio.ensure_future(jobs.get(OTHER, others.id))
+    gate.set()
+    assert (await other).id == others.id
+    assert {job.id for job in await asyncio.gather(*waiting)} == {mine.id}
+    assert (await jobs.get(ME, mine.id)).id == mine.id
+
+
+async def test_calls_that_were_given_up_take_nobodys_place(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = await make(StaticPredictor(Y), started=False)
+    job = await submit(jobs)
+
+    async def never(ids: Sequence[str]) -> list[Job]:
+        await asyncio.Event().wait()
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs._store, "find", never)
+        waiting = [asyncio.ensure_future(jobs.get(ME, job.id)) for _ in range(module.MAX_ASKING)]
+        await asyncio.sleep(0)
+        for call in waiting:
+            call.cancel()
+        await asyncio.wait(waiting)
+    assert (await jobs.get(ME, job.id)).id == job.id
+
+
+async def test_one_owner_has_a_share_of_the_subscriptions(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SUBSCRIBERS", 8)
+    jobs = await make(StaticPredictor(Y), started=False)
+    told: list[Job] = []
+    job = await submit(jobs)
+    taken_back = [jobs.subscribe(job.id, told.append, ME) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        jobs.subscribe("another", told.append, ME)
+    jobs.subscribe(job.id, told.append, OTHER)
+    taken_back[0]()
+    taken_back[0]()
+    jobs.subscribe("another", told.append, ME)
+    with pytest.raises(Overloaded):
+        jobs.subscribe("another", told.append, ME)
+    await jobs.cancel(ME, job.id)
+    assert len(told) == 2
+    jobs.subscribe("another", told.append, ME)
+    for _ in range(6):
+        jobs.subscribe("another", told.append)  # all that are left: nobody can be told from another there
+    with pytest.raises(Overloaded):
+        jobs.subscribe("another", told.append)
+
+
+async def test_a_feed_asks_whether_its_caller_asks_too_often(make: Make) -> None:
+    def admit(caller: Caller) -> None:
+        raise Overloaded(f"{caller.client} asks too often")
+
+    jobs = await make(StaticPredictor(Y), started=False, admit=admit)
+    told: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+    job_feed(jobs)(ME, "0" * 32, told.set_result)
+    async with asyncio.timeout(5):
+        assert await told == {"status": 429, "error": "camera asks too often"}

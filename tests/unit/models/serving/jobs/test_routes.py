@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.errors import EngineFailure, NotFound, TierlineError
+from models.errors import EngineFailure, NotFound, Overloaded, TierlineError
 from models.serving.caller import Caller, Peer
 from models.serving.exchange import HttpHead, HttpRequest, HttpResponse, error_response
+from models.serving.index import ModelDescription
 from models.serving.jobs.desk import Jobs
 from models.serving.jobs.job import JobLimits
 from models.serving.jobs.routes import PREFIX, job_handler, submit
@@ -228,3 +229,45 @@ async def test_who_may_no_longer_use_the_model_is_not_given_its_answer(
     await server.ended(job_id)
     monkeypatch.setattr(ByName, "may_use", lambda self, caller, model: False)
     assert (await server.ask("GET", f"/v2/jobs/{job_id}/result")).status == NotFound.http
+
+
+async def test_every_request_about_jobs_counts_towards_its_callers_limit(server: Server) -> None:
+    job_id = await server.submitted()
+    await server.ended(job_id)
+    asked: list[str | None] = []
+
+    def admit(caller: Caller) -> None:
+        asked.append(caller.client)
+        if caller.client == "greedy":
+            raise Overloaded("once a second", 0.5)
+
+    server.jobs.admit = admit
+    for who, status in ((b"me", 200), (b"greedy", 429)):
+        for method, path in (
+            ("GET", PREFIX),
+            ("GET", f"{PREFIX}/{job_id}"),
+            ("GET", f"{PREFIX}/{job_id}/result"),
+            ("DELETE", f"{PREFIX}/{job_id}"),
+        ):
+            assert (await server.ask(method, path, who)).status == status
+        assert (await server.submit(who=who)).status == (202 if status == 200 else status)
+    assert asked == ["me"] * 5 + ["greedy"] * 5
+
+
+async def test_a_job_for_a_model_that_does_not_exist_is_refused_where_that_is_known(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ModelDescription("m", "p", ("1",), "onnx_fp32", (), ())
+
+    class Index:
+        def describe(self, model: str, version: str | None) -> ModelDescription:
+            if (model, version) not in (("m", None), ("m", "1")):
+                raise NotFound(f"model '{model}' is not served here")
+            return known
+
+    monkeypatch.setattr(server.plane, "_index", Index())
+    # Decided elsewhere: a tier above may have it.
+    assert (await server.submit(model="slow")).status == 202
+    monkeypatch.setattr(server.plane, "control", object())
+    assert (await server.submit(model="none")).status == 404
+    assert (await server.submit()).status == 202

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from meter_fakes import numbers
 
-from models.serving.meter.registry import MAX_LABEL_CHARS, MAX_SERIES, MAX_VALUES, Registry
+from models.serving.meter.registry import MAX_DROPPED, MAX_LABEL_CHARS, MAX_SERIES, MAX_VALUES, Registry
 
 
 def test_the_same_labels_give_the_same_handle(registry: Registry) -> None:
@@ -64,6 +64,21 @@ def test_label_values_beyond_the_cap_are_counted_as_other(registry: Registry) ->
     assert numbers(registry)["telemetry.series.dropped"] == {(): 5}
     registry.counter("inference.request.degraded", model="m0").add()
     assert numbers(registry)["inference.request.degraded"]["m0",] == 2
+
+
+def test_a_series_that_is_not_shown_is_counted_once_however_often_it_is_used(registry: Registry) -> None:
+    for number in range(MAX_VALUES["model"] + 2):
+        for _ in range(3):
+            registry.counter("router.decision.count", model=f"m{number}", reason="x").add()
+    assert registry.dropped_series == 2
+    assert numbers(registry)["router.decision.count"]["other", "x"] == 6
+
+
+def test_series_that_are_not_shown_cost_a_bounded_amount(registry: Registry) -> None:
+    for number in range(MAX_DROPPED + 200):
+        registry.counter("router.decision.count", model=f"m{number}", reason="x").add()
+    assert registry.dropped_series == MAX_DROPPED
+    assert numbers(registry)["router.decision.count"]["other", "x"] == MAX_DROPPED + 200 - MAX_VALUES["model"]
 
 
 def test_combinations_of_labels_are_bounded_too(registry: Registry) -> None:

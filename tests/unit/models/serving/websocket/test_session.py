@@ -16,7 +16,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-from models.errors import DeadlineExceeded, Forbidden, MethodNotAllowed, NotFound, NotReady, Unauthenticated
+from models.errors import DeadlineExceeded, Forbidden, MethodNotAllowed, NotFound, NotReady, Overloaded, Unauthenticated
 from models.serving.caller import Caller, Peer
 from models.serving.exchange import HttpHead, HttpRequest, HttpResponse, Upgrade
 from models.serving.index import ModelDescription
@@ -332,6 +332,127 @@ async def test_reading_stops_while_too_many_requests_are_in_work() -> None:
     assert client.transport.reading
 
 
+def many(count: int, **envelope: Any) -> bytes:
+    """So many messages, as one read of a socket may bring them; `id` is added."""
+    messages = (json.dumps({**envelope, "id": str(number)}).encode() for number in range(count))
+    return b"".join(Frame(Opcode.TEXT, message).serialize(mask=True) for message in messages)
+
+
+MESSAGES = {
+    "answered at once": (many(300, op="infer", model="m", request=REQUEST), "answer", 300),
+    "refused": (many(300, op="subscribe", model="none"), "error", 300),
+    "said back": (many(300, op="ping"), "pong", 300),
+    "unanswered": (many(300, op="cancel") + many(1, op="ping"), "pong", 1),
+    "pings": (Frame(Opcode.PING, b"").serialize(mask=True) * 3000 + many(1, op="ping"), "pong", 1),
+    "pieces": (
+        Frame(Opcode.TEXT, b"", fin=False).serialize(mask=True)
+        + Frame(Opcode.CONT, b"", fin=False).serialize(mask=True) * 900
+        + Frame(Opcode.CONT, b'{"op":"ping"}').serialize(mask=True),
+        "pong",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+async def test_others_have_their_turn_while_one_client_sends_much(kind: str) -> None:
+    data, op, count = MESSAGES[kind]
+    setting = Setting()
+    client, other = await setting.open(), await setting.open()
+    taken: list[int] = []
+    take = client.session._take
+
+    def counted(is_text: bool | None, message: bytes | None) -> None:
+        taken[-1] += 1
+        take(is_text, message)
+
+    client.session._take = counted  # type: ignore[method-assign]
+    taken.append(0)
+    client.session.data_received(data)
+    assert not client.transport.reading
+    other.text(op="ping", id="in between")
+    while not client.transport.reading:
+        taken.append(0)
+        await asyncio.sleep(0)
+    assert max(taken) <= setting.server.limits.turn
+    assert [each["id"] for each in await other.messages()] == ["in between"]
+    assert [each["op"] for each in await client.messages()] == [op] * count
+
+
+async def test_requests_that_waited_are_not_all_begun_in_one_turn() -> None:
+    setting = Setting()
+    client = await setting.open()
+    client.session.pause_writing()
+    client.session.data_received(many(200, op="infer", model="m", request=REQUEST))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert setting.predictor.seen == []
+    client.session.resume_writing()
+    seen = [0]
+    while seen[-1] < 200:
+        assert len(setting.predictor.seen) - seen[-1] <= setting.server.limits.turn
+        seen.append(len(setting.predictor.seen))
+        await asyncio.sleep(0)
+    assert len(await client.messages()) == 200
+
+
+async def test_what_was_not_yet_taken_of_a_client_that_left_is_dropped() -> None:
+    setting = Setting()
+    for leave in (Session.connection_lost, lambda session, _: session.eof_received()):
+        client = await setting.open()
+        client.session.data_received(many(200, op="infer", model="m", request=REQUEST))
+        began = len(setting.predictor.seen)
+        leave(client.session, None)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(setting.predictor.seen) == began
+
+
+async def test_messages_that_cannot_be_read_end_the_session_when_they_go_on() -> None:
+    setting = Setting(invalid_messages=3)
+    client = await setting.open()
+    for _ in range(3):
+        client.text(op="dance")
+        client.text(op="dance")
+        client.text(op="ping")
+    assert len(await client.messages()) == 9
+    for _ in range(3):
+        client.protocol.send_text(b"")
+    client.push()
+    client.session.data_received(many(1, op="infer", model="m", request=REQUEST))
+    assert await client.close_code() == 1008
+    assert setting.predictor.seen == []
+
+
+async def test_no_version_may_be_said_as_an_empty_one() -> None:
+    setting = Setting()
+    client = await setting.open()
+    client.infer("1", version="")
+    await client.messages()
+    assert setting.predictor.seen[0].version is None
+
+
+async def test_access_that_is_busy_does_not_end_a_session() -> None:
+    class Busy(Tokens):
+        busy = False
+
+        def identify(self, peer: Peer, authorization: bytes | None) -> Caller:
+            if self.busy:
+                raise Overloaded("too many wrong credentials")
+            return super().identify(peer, authorization)
+
+    access = Busy()
+    setting = Setting(access=access)
+    client = await setting.open()
+    access.busy, access.revision = True, 1
+    setting.server.sweep()
+    client.infer("1")
+    assert [each["status"] for each in await client.messages()] == [429]
+    access.busy = False
+    client.infer("2")
+    assert [each["op"] for each in await client.messages()] == ["answer"]
+
+
 async def test_an_id_in_work_is_not_taken_twice() -> None:
     setting = Setting(in_flight=1)
     client = await setting.open()
@@ -509,7 +630,7 @@ async def test_subscriptions_are_bounded() -> None:
     assert [each["op"] for each in await client.messages()] == ["model"]
 
 
-async def test_what_becomes_of_a_job_is_told_until_the_client_leaves() -> None:
+async def test_what_becomes_of_a_job_is_told_unless_the_client_leaves() -> None:
     notify: list[Any] = []
 
     def feed(caller: Caller, job: str, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
@@ -527,9 +648,28 @@ async def test_what_becomes_of_a_job_is_told_until_the_client_leaves() -> None:
     assert name == "c"
     told({"status": "done"})
     assert await client.messages() == [{"op": "job", "job": "j", "event": {"status": "done"}}]
+    client.text(op="subscribe_job", job="j")
     client.session.connection_lost(None)
     assert notify == []
     told({"status": "late"})
+
+
+@pytest.mark.parametrize("event", [{"status": "succeeded"}, {"status": 404, "error": "there is no job"}])
+async def test_a_job_that_was_told_of_makes_room_for_another(event: dict[str, Any]) -> None:
+    told: list[Callable[[Mapping[str, Any]], None]] = []
+
+    def feed(caller: Caller, job: str, notify: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        told.append(notify)
+        return lambda: None
+
+    client = await Setting(jobs=feed, subscriptions=2).open()
+    for number in range(10):
+        client.text(op="subscribe_job", job=str(number))
+        told[-1](event)
+    assert [each["op"] for each in await client.messages()] == ["job"] * 10
+    for number in range(3):
+        client.text(op="subscribe_job", job=str(number))
+    assert [each["status"] for each in await client.messages()] == [429]
 
 
 async def test_a_ping_in_json_is_for_clients_that_have_no_other() -> None:
