@@ -108,13 +108,18 @@ def _listening(arguments: argparse.Namespace) -> Listening:
         tls=tls,
         cache_mb=arguments.cache_mb,
         cache_url=arguments.cache_url,
-        jobs=arguments.jobs,
+        jobs=None if _is_redis(arguments.jobs) else arguments.jobs and Path(arguments.jobs),
+        jobs_url=arguments.jobs if _is_redis(arguments.jobs) else None,
         webhooks=tuple(arguments.webhook),
         webhook_secret_file=arguments.webhook_secret,
         origins=tuple(arguments.origin),
         otlp=arguments.otlp,
         trace_share=arguments.trace_share,
     )
+
+
+def _is_redis(where: str | None) -> bool:
+    return where is not None and where.startswith(("redis://", "rediss://", "unix://"))
 
 
 def _verdicts(given: Path | None) -> Path:
@@ -137,13 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     ports.add_argument("--grpc-port", type=port_number, help="gRPC as well; usual: 8001 (default: off)")
     ports.add_argument("--metrics-port", type=port_number, help="Prometheus metrics; usual: 8002 (default: off)")
     ports.add_argument("--metrics-host", default="127.0.0.1", help="address of that port alone (default: 127.0.0.1)")
-    ports.add_argument("--unix", metavar="PATH", help="a Unix socket as well, for this user's programs")
+    ports.add_argument("--unix", type=Path, metavar="PATH", help="a Unix socket as well, for this user's programs")
 
     who = parser.add_argument_group("who may use it")
-    who.add_argument("--access", metavar="FILE", help="tokens, tenants, limits (see docs/access.md)")
-    who.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    who.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
-    who.add_argument("--client-ca", metavar="FILE", help="who signs clients' certificates, PEM")
+    who.add_argument("--access", type=Path, metavar="FILE", help="tokens, tenants, limits (see docs/access.md)")
+    who.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    who.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    who.add_argument("--client-ca", type=Path, metavar="FILE", help="who signs clients' certificates, PEM")
     who.add_argument("--origin", action="append", default=[], metavar="URL", help="web page whose scripts may ask")
     who.add_argument("--insecure", action="store_true", help="allow open addresses that other machines can reach")
 
@@ -165,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument(
         "--webhook", action="append", default=[], metavar="URL", help="targets below it may be told of jobs"
     )
-    beside.add_argument("--webhook-secret", metavar="FILE", help="signs what webhooks are sent")
+    beside.add_argument("--webhook-secret", type=Path, metavar="FILE", help="signs what webhooks are sent")
     beside.add_argument("--otlp", metavar="URL", help="OpenTelemetry collector for sampled traces")
     beside.add_argument("--trace-share", type=float, default=0.01, help="of requests traced (default: 0.01)")
     return parser

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
     from models.serving.access.checked import CheckedAccess
     from models.serving.jobs.desk import Jobs
+    from models.serving.jobs.store import JobStore
+    from models.serving.websocket.server import WebSockets
 
 MEGABYTE = 1 << 20
 
@@ -58,9 +60,9 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEM files. `client_ca`: who signs clients' certificates, None = clients show none. `client_required`: a client without
     one is refused; otherwise a token may stand in for it."""
 
-    cert: str
-    key: str
-    client_ca: str | None = None
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
     client_required: bool = True
 
 
@@ -79,14 +81,15 @@ class Listening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grpc_port: int | None = None
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
-    unix: str | None = None
-    access: str | None = None
+    unix: Path | None = None
+    access: Path | None = None
     tls: Tls | None = None
     cache_mb: int = DEFAULT_BYTES // MEGABYTE
     cache_url: str | None = None
-    jobs: str | None = None
+    jobs: Path | None = None
+    jobs_url: str | None = None
     webhooks: tuple[str, ...] = ()
-    webhook_secret_file: str | None = None
+    webhook_secret_file: Path | None = None
     origins: tuple[str, ...] = ()
     otlp: str | None = None
     trace_share: float = 0.01
@@ -98,6 +101,8 @@ class Listening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} {value} is not 0 to 65535")
         if self.cache_mb < 0 or not 0 <= self.trace_share <= 1:
             raise ValueError("cache_mb is 0 or more, trace_share from 0 to 1")
+        if self.jobs is not None and self.jobs_url is not None:
+            raise ValueError("jobs are kept in a file or behind a jobs_url, not both")
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,9 @@ async def serving(
         meter = Meter(guard, registry, repository, tier=tier, tracer=tracer)
         plane = DataPlane(meter, repository, ready=ready, access=access, control=control, statistics=meter)
         _watch(registry, guard, cache, repository, local, predictor)
-        jobs = await _jobs(listening, plane, stack)
-        routes = _routes(listening, plane, jobs, registry, extra, stack)
+        jobs = await _jobs(listening, plane, guard, stack)
+        sockets = _sockets(listening, plane, jobs, registry)
+        routes = _routes(plane, jobs, sockets, extra)
         handler = RestHandler(plane, extra=routes, origins=listening.origins, host=listening.host)
         server = await stack.enter_async_context(
             serve_http(
@@ -164,9 +170,11 @@ async def serving(
                 host=listening.host,
                 port=listening.port,
                 tls=_server_context(listening.tls),
-                unix=None if listening.unix is None else Path(listening.unix),
+                unix=listening.unix,
             )
         )
+        # Left before HTTP is: its drain does not wait for connections that have changed their protocol.
+        stack.push_async_callback(sockets.close)
         addresses = {"http" if each.startswith("http") else "unix": each for each in server.urls}
         # After HTTP: importing gRPC takes longer than all else.
         if listening.grpc_port is not None:
@@ -194,7 +202,7 @@ def _access(listening: Listening) -> CheckedAccess | None:
     from models.serving.access.checked import CheckedAccess
 
     hosts = [listening.host, *(["unix"] if listening.unix is not None else [])]
-    return CheckedAccess(Path(listening.access), listening=hosts)
+    return CheckedAccess(listening.access, listening=hosts)
 
 
 async def _tracer(listening: Listening, node: str, registry: Registry, stack: AsyncExitStack) -> Tracer:
@@ -218,38 +226,32 @@ def _watch(
         watch_router(registry, predictor)
 
 
-async def _jobs(listening: Listening, plane: DataPlane, stack: AsyncExitStack) -> Jobs | None:
-    if listening.jobs is None:
+async def _jobs(listening: Listening, plane: DataPlane, guard: Guard, stack: AsyncExitStack) -> Jobs | None:
+    if listening.jobs is None and listening.jobs_url is None:
         return None
     from models.serving.jobs.desk import Jobs
     from models.serving.jobs.webhook import Webhooks
 
-    if listening.jobs.startswith(("redis://", "rediss://", "unix://")):
+    if listening.jobs_url is not None:
         from models.serving.jobs.redis import RedisJobs
 
-        store: RedisJobs | SqliteJobs = RedisJobs(listening.jobs)
+        store: JobStore = RedisJobs(listening.jobs_url)
     else:
         from models.serving.jobs.sqlite import SqliteJobs
 
-        store = SqliteJobs(Path(listening.jobs))
+        assert listening.jobs is not None
+        store = SqliteJobs(listening.jobs)
     webhooks = Webhooks(listening.webhooks, secret=_secret(listening.webhook_secret_file))
-    jobs = Jobs(store, plane.predictor, ready=plane.is_ready, webhooks=webhooks)
+    jobs = Jobs(store, plane.predictor, ready=plane.is_ready, webhooks=webhooks, admit=guard.admit)
     await stack.enter_async_context(jobs.running())
     return jobs
 
 
-def _secret(path: str | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes().strip()
+def _secret(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes().strip()
 
 
-def _routes(
-    listening: Listening,
-    plane: DataPlane,
-    jobs: Jobs | None,
-    registry: Registry,
-    extra: Mapping[str, Handler] | None,
-    stack: AsyncExitStack,
-) -> dict[str, Handler]:
+def _sockets(listening: Listening, plane: DataPlane, jobs: Jobs | None, registry: Registry) -> WebSockets:
     from models.serving.websocket.server import WebSockets
 
     feed = None
@@ -259,8 +261,13 @@ def _routes(
         feed = job_feed(jobs)
     sockets = WebSockets(plane, origins=listening.origins, jobs=feed)
     sockets.watch()
-    stack.push_async_callback(sockets.close)
     registry.read("websocket.connections", lambda: sockets.connections)
+    return sockets
+
+
+def _routes(
+    plane: DataPlane, jobs: Jobs | None, sockets: WebSockets, extra: Mapping[str, Handler] | None
+) -> dict[str, Handler]:
     routes: dict[str, Handler] = {**(extra or {}), "/v2/ws": sockets}
     if jobs is not None:
         from models.serving.jobs.routes import PREFIX, job_handler, submit
@@ -275,8 +282,7 @@ def _server_context(tls: Tls | None) -> SSLContext | None:
         return None
     from models.serving.access.tls import server_context
 
-    client_ca = None if tls.client_ca is None else Path(tls.client_ca)
-    return server_context(Path(tls.cert), Path(tls.key), client_ca, client_required=tls.client_required)
+    return server_context(tls.cert, tls.key, tls.client_ca, client_required=tls.client_required)
 
 
 def _grpc_credentials(tls: Tls | None) -> Callable[[], Any] | None:
@@ -284,5 +290,4 @@ def _grpc_credentials(tls: Tls | None) -> Callable[[], Any] | None:
         return None
     from models.serving.access.tls import grpc_credentials
 
-    client_ca = None if tls.client_ca is None else Path(tls.client_ca)
-    return partial(grpc_credentials, Path(tls.cert), Path(tls.key), client_ca, client_required=tls.client_required)
+    return partial(grpc_credentials, tls.cert, tls.key, tls.client_ca, client_required=tls.client_required)

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from models.errors import Overloaded
 from models.serving.access.settings import NO_SETTINGS, Settings
 from models.serving.buckets import Bucket, Recent
+from models.serving.caller import Caller
 from models.serving.predictor import InferRequest, InferResponse, Predictor
 
 MAX_CLIENTS = 16_384
@@ -99,12 +100,23 @@ class Guard:
             self.rejected_concurrency += 1
             raise Overloaded(f"the tenant has {limit} requests in work, its limit", BUSY_RETRY_SECONDS)
         # Last: a request refused for another reason takes nothing out of the bucket.
-        bucket = allowance.bucket
-        if bucket is not None:
-            wait = bucket.take(self._clock())
-            if wait:
-                self.rejected_rate += 1
-                raise Overloaded(f"this client may ask {bucket.rate:g} times a second: again in {wait:.3f} s", wait)
+        self._take(allowance.bucket)
+
+    def admit(self, caller: Caller) -> None:
+        """Count a request of `caller` that infers nothing now: a job handed in or asked for. Raises Overloaded."""
+        settings = self._source.settings
+        if settings is not self._settings:
+            self._apply(settings)
+        if self._limited:
+            self._take(self._allowances[caller.tenant, caller.client].bucket)
+
+    def _take(self, bucket: Bucket | None) -> None:
+        if bucket is None:
+            return
+        wait = bucket.take(self._clock())
+        if wait:
+            self.rejected_rate += 1
+            raise Overloaded(f"this client may ask {bucket.rate:g} times a second: again in {wait:.3f} s", wait)
 
     def _apply(self, settings: Settings) -> None:
         self._settings = settings

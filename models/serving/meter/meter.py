@@ -164,6 +164,8 @@ class Meter:
 
     def _track(self, model: str, version: str, tier: str) -> Track:
         """A track that is counted for the first time; beyond the bound one for all the others."""
+        if tier == self._tier:
+            self._retire_old(model)
         if len(self._tracks) < MAX_TRACKS:
             rowed = self._rowed(model, version) if tier == self._tier else None
             track = Track(self._registry, rowed, model=model, version=version, tier=tier)
@@ -172,6 +174,17 @@ class Meter:
         if self._overflow is None:
             self._overflow = Track(self._registry, None, model=OTHER, version=OTHER, tier=OTHER)
         return self._overflow
+
+    def _retire_old(self, model: str) -> None:
+        """A new version answers: those that can no longer be asked for would only pile up, one a swap."""
+        try:
+            versions = self._index.describe(model, None).versions
+        except TierlineError:
+            versions = ()
+        for key in [key for key in self._tracks if key[0] == model and key[2] == self._tier and key[1] not in versions]:
+            del self._tracks[key]
+            self._failures.pop((key[0], key[1]), None)
+            self._registry.retire(model=key[0], version=key[1])
 
     def _rowed(self, model: str, version: str) -> str | None:
         try:

@@ -99,6 +99,18 @@ class Registry:
         """
         self._series(name, "", labels, _Read).sources.append(source)
 
+    def retire(self, **labels: str) -> None:
+        """Show no more what has these labels: what they name is gone for good. Its handles may still be counted on, unseen."""
+        for metric in self._metrics.values():
+            names = metric.entry.labels
+            if not set(labels) <= set(names):
+                continue
+            for key in [key for key in metric.series if all(key[names.index(name)] == labels[name] for name in labels)]:
+                del metric.series[key]
+            for name, seen in zip(names, metric.seen, strict=True):
+                if name in labels and all(key[names.index(name)] != labels[name] for key in metric.series):
+                    seen.discard(labels[name])
+
     def before_collect(self, act: Callable[[], None]) -> None:
         """Call `act` before each scrape."""
         self._before.append(act)

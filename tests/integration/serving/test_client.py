@@ -94,7 +94,8 @@ class Models:
         return lambda: None
 
     def statistics(self, model: str | None, version: str | None) -> Sequence[ModelStatistics]:
-        return [ModelStatistics("double", "1", inference_count=7)]
+        self.describe(model or "double", version)
+        return [ModelStatistics("double", "1", inference_count=7)] if model in (None, "double") else []
 
 
 class Predictor:
