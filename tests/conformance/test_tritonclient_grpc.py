@@ -275,7 +275,8 @@ def test_what_this_server_does_not_do_with_outputs_is_refused(client: triton.Inf
 
 
 def test_a_client_that_waits_no_longer_is_told_so(client: triton.InferenceServerClient) -> None:
-    assert refused(lambda: client.infer("scale", [given("x", ONES)], client_timeout=1e-6))[0] == "DEADLINE_EXCEEDED"
+    large = np.ones((250_000, 4), np.float32)  # 4 MB take longer to travel than the client waits
+    assert refused(lambda: client.infer("scale", [given("x", large)], client_timeout=1e-4))[0] == "DEADLINE_EXCEEDED"
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -323,3 +323,13 @@ async def test_without_a_tracer_a_trace_is_passed_on_as_it_came(
     scripted.answer = EngineFailure("x")
     with pytest.raises(EngineFailure):
         await meter.infer(ask(deadline=0.0))
+
+
+async def test_versions_that_are_gone_do_not_pile_up(bench: Bench) -> None:
+    for number in range(3, 60):
+        bench.index.models["m"] = ((-1, 4), (str(number - 1), str(number)))
+        bench.answer(version=str(number))
+        await bench.meter.infer(ask())
+    shown = {labels[1] for family in bench.registry.collect() for labels, _ in family.series if labels[:1] == ("m",)}
+    assert shown == {"58", "59"}
+    assert bench.meter.statistics("m", "59")[0].inference_count == 1
