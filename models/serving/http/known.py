@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.serving.exchange import HttpHead, HttpRequest
 
-MAX_KNOWN_BYTES = 64 * 1024
+MAX_KNOWN_BYTES = 1024 * 1024
 """Longest request whose head is remembered for the next one."""
 _SPECIAL = (b"transfer-encoding", b"connection", b"expect", b"upgrade")
 

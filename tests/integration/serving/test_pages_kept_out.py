@@ -25,7 +25,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Serving]:
     control = FolderControl(repository, tmp_path / "models")
     local = Local(repository, "edge")
     listening = Listening(
-        host="127.0.0.2", port=0, metrics_port=0, origins=(PAGE,), jobs=str(tmp_path / "jobs.db"), trace_share=0.0
+        host="127.0.0.2", port=0, metrics_port=0, origins=(PAGE,), jobs=tmp_path / "jobs.db", trace_share=0.0
     )
     try:
         await control.start()

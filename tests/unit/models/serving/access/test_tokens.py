@@ -179,7 +179,7 @@ def test_clocks_may_differ_by_the_stated_seconds_and_no_more(tmp_path: Path) -> 
 
 def test_what_is_issued_is_verified_by_the_library_alone_too(tmp_path: Path) -> None:
     writer = AccessWriter(tmp_path)
-    token = issue(writer.private, writer.kid, Claims(sub="c", aud="tierline", iat=NOW, exp=NOW + 60, jti="j"))
+    token = issue(writer.private, writer.kid, Claims(sub="c", aud="tierline", iat=NOW, exp=NOW + 7200, jti="j"))
     claims = jwt.decode(
         token,
         writer.private.public_key(),
@@ -187,7 +187,7 @@ def test_what_is_issued_is_verified_by_the_library_alone_too(tmp_path: Path) -> 
         audience="tierline",
         options={"require": ["exp", "iat", "aud", "sub"]},
     )
-    assert claims == {"sub": "c", "aud": "tierline", "iat": NOW, "exp": NOW + 60, "jti": "j"}
+    assert claims == {"sub": "c", "aud": "tierline", "iat": NOW, "exp": NOW + 7200, "jti": "j"}
 
 
 @pytest.mark.parametrize(
