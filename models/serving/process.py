@@ -34,7 +34,7 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 serving takes p99 from 0.4 to 16 ms."""
 
 
-GC_THRESHOLDS = (5_000, 20, 50)
+GC_THRESHOLDS = (2_000, 20, 50)
 """Python's (700, 10, 10) suits short programs: a batch of requests alone makes hundreds of objects, none of them in cycles."""
 
 

@@ -43,6 +43,7 @@ class Slot:
                 log.error("a handler failed", exc_info=error)
             response = HttpResponse(500, JSON, error_body("internal error"))
         self.response = response
+        self.task = None  # it has this object's method: the two would keep each other, and the body, until a collection
         if self.held is not None:
             self.let_go()
         self.connection.answered()
