@@ -34,17 +34,18 @@ TIER = "cloud"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads;
+    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads, None = one per
+    usable core;
     `[listen]`: what else it opens (its host and port are those above)."""
 
     node: Membership
     host: str = "127.0.0.1"
     port: int = 8000
-    threads: int = 2
+    threads: int | None = None
     listen: Listening = Listening()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= MAX_PORT or self.threads < 1:
+        if not 0 <= self.port <= MAX_PORT or (self.threads is not None and self.threads < 1):
             raise ValueError(f"port is 0 to {MAX_PORT}, threads 1 or more")
 
 

@@ -22,12 +22,12 @@ class Up(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`threads`: engine threads for models too slow to run in the event loop (0.2 ms); one per core is enough."""
+    """`threads`: engine threads for models too slow to run in the event loop (0.2 ms), None = one per usable core."""
 
-    threads: int = 2
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
+        if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads {self.threads} is not 1 or more")
 
 

@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--no-batching", action="store_true", help="never run several requests together")
     models.add_argument("--no-probe", action="store_true", help="load files without trying them in a child first")
     models.add_argument("--verdicts", type=Path, metavar="DIR", help="where tried files are remembered")
-    models.add_argument("--threads", type=_positive, default=2, help="engine threads for long models (default: 2)")
+    models.add_argument(
+        "--threads", type=_positive, help="engine threads for long models (default: one per usable core)"
+    )
     models.add_argument("--queue", type=_positive, default=256, help="requests that may wait for them (default: 256)")
 
     beside = parser.add_argument_group("beside inferring")

@@ -247,6 +247,11 @@ class EnginePool:
             self._hire(express=worker.express)
 
 
+def usable_cores() -> int:
+    """More engine threads than these only take turns, and one that is not its turn may hold the interpreter meanwhile."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Worker:
     """One thread: what it runs and since when. `idle`: it waits to be woken; `over`: it ends. `lost`: its run
     cannot be stopped; `replaced`: another thread was started for it."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, TierlineError
 from models.manifest import confidence_of
 from models.serving.drive import Parked
-from models.serving.engine_pool import EnginePool, concatenated
+from models.serving.engine_pool import EnginePool, concatenated, usable_cores
 from models.serving.loaded import INLINE_SECONDS, MAX_RUN_SECONDS, Loaded
 from models.serving.loop_watch import LoopWatch
 from models.serving.predictor import InferRequest, InferResponse
@@ -41,7 +41,7 @@ PATIENCE_SECONDS = 5.0
 class Local:
     """`Predictor` over a repository.
 
-    `threads`: runs of long models at once. `max_waiting`: runs waiting for a thread, beyond which requests are refused:
+    `threads`: runs of long models at once, None = one for each core that this process may use. `max_waiting`: runs waiting for a thread, beyond which requests are refused:
     each holds its input tensors in memory.
     """
 
@@ -50,7 +50,7 @@ class Local:
         repository: Repository,
         tier: str,
         *,
-        threads: int = 2,
+        threads: int | None = None,
         max_waiting: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,7 +58,7 @@ class Local:
         self._resident = repository.resident
         self._tier = tier
         self._clock = clock
-        self.pool = EnginePool(threads, max_waiting, self._landed, clock)
+        self.pool = EnginePool(threads or usable_cores(), max_waiting, self._landed, clock)
         self._watch = LoopWatch(clock)
         self._turn = Turn(self._landed, clock, self._watch)
         self._under_way = 0
