@@ -34,9 +34,8 @@ TIER = "cloud"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads, None = one per
-    usable core;
-    `[listen]`: what else it opens (its host and port are those above)."""
+    """`[node]` who it is and whom it trusts; `host`, `port`: its data plane, loopback only; `threads`: engine threads, None =
+    one per usable core; `[listen]`: what else it opens (its host and port are those above)."""
 
     node: Membership
     host: str = "127.0.0.1"

@@ -41,8 +41,8 @@ PATIENCE_SECONDS = 5.0
 class Local:
     """`Predictor` over a repository.
 
-    `threads`: runs of long models at once, None = one for each core that this process may use. `max_waiting`: runs waiting for a thread, beyond which requests are refused:
-    each holds its input tensors in memory.
+    `threads`: runs of long models at once, None = one for each core that this process may use. `max_waiting`: runs waiting
+    for a thread, beyond which requests are refused: each holds its input tensors in memory.
     """
 
     def __init__(
