@@ -1,4 +1,5 @@
-"""A real server process for clients that nobody here wrote. TIERLINE_CONFORMANCE_URL points the tests at another one."""
+"""A real server process for clients that nobody here wrote. TIERLINE_CONFORMANCE_URL and
+TIERLINE_CONFORMANCE_GRPC_URL point the tests at another one."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,23 +34,40 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if given:
         yield given.removeprefix("http://")
         return
-    folder = tmp_path_factory.mktemp("models")
+    with serving(tmp_path_factory.mktemp("models"), "http") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def grpc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of the gRPC server, in a process of its own: what these tests load and count is theirs."""
+    given = os.environ.get("TIERLINE_CONFORMANCE_GRPC_URL")
+    if given:
+        yield given.removeprefix("grpc://")
+        return
+    with serving(tmp_path_factory.mktemp("grpc_models"), "grpc", "--grpc-port", "0", "--no-probe") as address:
+        yield address
+
+
+@contextmanager
+def serving(folder: Path, scheme: str, *options: str) -> Iterator[str]:
+    """A server of the models; where it answers to `scheme`."""
     write_models(folder)
-    command = [sys.executable, "-m", "tierline", "serve", str(folder), "--http-port", "0"]
+    command = [sys.executable, "-m", "tierline", "serve", str(folder), "--http-port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        yield _address(process)
+        yield _address(process, f"serving at {scheme}://")
     finally:
         process.terminate()
         assert process.wait(START_SECONDS) == 0
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def _address(process: subprocess.Popen[str], prefix: str) -> str:
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         assert selector.select(START_SECONDS), "the server printed nothing"
     for line in process.stdout:
-        if line.startswith("serving at http://"):
-            return line.strip().removeprefix("serving at http://")
+        if line.startswith(prefix):
+            return line.strip().removeprefix(prefix)
     raise AssertionError(f"the server ended with code {process.wait(START_SECONDS)}")

@@ -5,25 +5,17 @@ TIERLINE_CONFORMANCE_GRPC_URL (host:port) points the tests at another one, which
 
 from __future__ import annotations
 
-import os
 import queue
-import selectors
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
-from onnx_writer import ELEMENT_TYPES, identity_model, scale_model, sum_model
 from tritonclient.utils import InferenceServerException
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 30
-STOP_SECONDS = 30
 
 VALUES: dict[str, Any] = {
     "BOOL": np.array([[True, False, True]]),
@@ -41,46 +33,6 @@ VALUES: dict[str, Any] = {
     "BYTES": np.array([["ä".encode(), b"", b"te\x00xt"]], np.object_),
 }
 ONES = np.ones((1, 4), np.float32)
-
-
-def write_models(folder: Path) -> None:
-    """identity_<datatype>, sum, and scale in versions 1 (x2) and 2 (x3)."""
-    for datatype in ELEMENT_TYPES:
-        identity_model(folder / f"identity_{datatype}" / "1" / "model.onnx", datatype, ("n", 3))
-    sum_model(folder / "sum" / "1" / "model.onnx")
-    scale_model(folder / "scale" / "1" / "model.onnx", 2.0)
-    scale_model(folder / "scale" / "2" / "model.onnx", 3.0)
-
-
-@pytest.fixture(scope="module")
-def grpc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of the server."""
-    given_address = os.environ.get("TIERLINE_CONFORMANCE_GRPC_URL")
-    if given_address:
-        yield given_address.removeprefix("grpc://")
-        return
-    folder = tmp_path_factory.mktemp("grpc_models")
-    write_models(folder)
-    command = [
-        sys.executable, "-m", "tierline", "serve", str(folder), "--http-port", "0", "--grpc-port", "0", "--no-probe",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        yield _address(process)
-    finally:
-        process.terminate()
-        assert process.wait(STOP_SECONDS) == 0
-
-
-def _address(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        assert selector.select(SECONDS), "the server printed nothing"
-    for line in process.stdout:
-        if line.startswith("serving at grpc://"):
-            return line.strip().removeprefix("serving at grpc://")
-    raise AssertionError(f"the server ended with code {process.wait(STOP_SECONDS)}")
 
 
 @pytest.fixture
