@@ -20,6 +20,7 @@ from deploy.processes import DeployError, Process, announced, tierline, wait_unt
 
 TENANT = "demo"
 API_TIMEOUT_SECONDS = 30.0
+MODEL_TIMEOUT_SECONDS = 60.0  # fetched, tried in a child, loaded and warmed
 
 
 class HubApi:
@@ -161,6 +162,18 @@ class Cluster:
             "models": {model: f"{package}/{version}"},
         }
         self.api.call("PUT", f"/api/v1/deployments/{name}", body)
+
+    def wait_for_model(self, name: str, model: str, timeout: float = MODEL_TIMEOUT_SECONDS) -> None:
+        """Wait until the node answers `model`: starting it returns as soon as it listens, models come by themselves."""
+        url = f"{self.urls[name]}/v2/models/{model}/ready"
+
+        def ready() -> bool:
+            try:
+                return urllib3.request("GET", url, retries=False, timeout=API_TIMEOUT_SECONDS).status == 200
+            except urllib3.exceptions.HTTPError:
+                return False
+
+        wait_until(f"{name} answers {model}", ready, timeout, self.processes[name])
 
     def node(self, name: str) -> Mapping[str, Any]:
         """What the hub knows of a node."""

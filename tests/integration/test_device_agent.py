@@ -32,6 +32,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             found.deploy(f"digits-{tier}", tier, digits.MODEL, digits.PACKAGES[tier], "1")
         found.urls["cloud-1"] = "http://127.0.0.1:9"  # nothing listens on the discard port
         found.start_edge()
+        found.wait_for_model("edge-1", digits.MODEL)
         yield found
 
 
