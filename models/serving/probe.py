@@ -23,7 +23,7 @@ from models.manifest import Blob, Manifest, Variant
 from models.serving.confine import environment
 from models.serving.probe_child import ProbeLimits, ProbeRequest, Verdict
 
-__all__ = ["ProbeLimits", "ProbeRequest", "Verdict", "file_request", "probe", "probe_files"]
+__all__ = ["ProbeLimits", "ProbeRequest", "Verdict", "file_request", "probe", "probe_files", "try_in_turn"]
 
 MAX_ANSWER_BYTES = 64 * 1024
 """Most of a line of a child's output that is read: the file under test may make it print."""
@@ -61,7 +61,7 @@ async def probe(request: ProbeRequest) -> Verdict:
 
     Raises NotReady when the child could not be started: that says nothing about the file.
     """
-    answers, ending = await _try_in_turn([request], request.limits.wall_seconds)
+    answers, ending = await try_in_turn([request], request.limits.wall_seconds)
     return ending or answers[0]
 
 
@@ -73,7 +73,7 @@ async def probe_files(requests: Sequence[ProbeRequest]) -> list[Verdict]:
     """
     if len(requests) < 2:
         return [await probe(request) for request in requests]
-    answers, _ = await _try_in_turn(requests, SHARED_SECONDS)
+    answers, _ = await try_in_turn(requests, SHARED_SECONDS)
     free = asyncio.Semaphore(MAX_CHILDREN)
 
     async def settle(index: int) -> Verdict:
@@ -85,8 +85,11 @@ async def probe_files(requests: Sequence[ProbeRequest]) -> list[Verdict]:
     return await asyncio.gather(*(settle(index) for index in range(len(requests))))
 
 
-async def _try_in_turn(requests: Sequence[ProbeRequest], patience: float) -> tuple[list[Verdict], Verdict | None]:
-    """What one child answered, and how it ended if that was not well. `patience`: seconds, for each file."""
+async def try_in_turn(requests: Sequence[ProbeRequest], patience: float) -> tuple[list[Verdict], Verdict | None]:
+    """What one child answered, in the order of `requests`, and how it ended if that was not well.
+
+    Fewer answers than requests: the first without one is what ended the child. `patience`: seconds, for each file.
+    """
     try:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "models.serving.probe_child",

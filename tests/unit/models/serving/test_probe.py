@@ -195,13 +195,13 @@ async def test_a_manifest_without_golden_arrays_is_held_to_its_interface(tmp_pat
 def children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many files each child was given."""
     counted: list[int] = []
-    real = probing._try_in_turn
+    real = probing.try_in_turn
 
     async def count(requests: Any, patience: float) -> Any:
         counted.append(len(requests))
         return await real(requests, patience)
 
-    monkeypatch.setattr(probing, "_try_in_turn", count)
+    monkeypatch.setattr(probing, "try_in_turn", count)
     return counted
 
 
@@ -266,6 +266,6 @@ async def test_what_a_shared_child_refuses_is_only_refused_once_it_was_tried_alo
         alone = len(requests) == 1
         return [Verdict(alone or index == 0, "" if alone else "harmed") for index in range(len(requests))], None
 
-    monkeypatch.setattr(probing, "_try_in_turn", harmed)
+    monkeypatch.setattr(probing, "try_in_turn", harmed)
     verdicts = await probe_files([alone(onnx_model("scale")), alone(onnx_model("mlp"))])
     assert [verdict.ok for verdict in verdicts] == [True, True]
