@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
@@ -34,6 +34,9 @@ soak: $(VENV)/.test            ## 200 load cycles and 1,000 hot swaps under load
 
 mutants: $(VENV)/.test         ## 10,000 damaged ONNX and LiteRT files through delivery and probe
 	$(BIN)/python tests/proofs/mutants.py $(ARGS)
+
+messages: $(VENV)/.test mosquitto  ## 10,000 malformed control-plane messages to a real hub and edge node
+	$(BIN)/python tests/proofs/messages.py $(ARGS)
 
 stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
 	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'
