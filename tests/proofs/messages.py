@@ -54,9 +54,7 @@ class Stranger:
         self._client.username_pw_set(STRANGER, password)
         self._client.max_queued_messages_set(0)
         self._client.on_connect = self._on_connect
-        self._client.on_message = lambda _client, _data, message: self.captured.__setitem__(
-            message.topic, message.payload
-        )
+        self._client.on_message = self._on_message
         self._client.connect(host, port)
         self._client.loop_start()
         if not self._up.wait(CAPTURE_SECONDS):
