@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
@@ -37,6 +37,9 @@ mutants: $(VENV)/.test         ## 10,000 damaged ONNX and LiteRT files through d
 
 messages: $(VENV)/.test mosquitto  ## 10,000 malformed control-plane messages to a real hub and edge node
 	$(BIN)/python tests/proofs/messages.py $(ARGS)
+
+fleet: $(VENV)/.test mosquitto    ## 1,000 simulated nodes coming back at once to a real broker and hub
+	$(BIN)/python tests/proofs/fleet.py $(ARGS)
 
 stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
 	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'

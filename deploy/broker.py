@@ -77,9 +77,25 @@ class Broker:
     def alive(self) -> bool:
         return self._process is not None and self._process.alive
 
+    @property
+    def pid(self) -> int:
+        """Raises DeployError when it was not started."""
+        if self._process is None:
+            raise DeployError("the broker was not started")
+        return self._process.pid
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.stop()
+
+    def kill(self) -> None:
+        """At once, as by a power cut; `start` brings it back on the same port."""
+        if self._process is not None:
+            self._process.kill()
+
+    def forget(self) -> None:
+        """While it is down: lose every session and retained message, as a new machine would."""
+        shutil.rmtree(self._folder / "data", ignore_errors=True)
 
     def admit(self, passwords: str, acl: str) -> None:
         """Let in exactly these users, with what the list entitles them to. Takes effect at once.
@@ -127,7 +143,9 @@ class Broker:
             "set_tcp_nodelay true",
             "max_packet_size 1048576",
             "max_keepalive 1200",
-            "max_queued_messages 1000",
+            # For each client, the hub among them: what a thousand nodes say at once, three messages each, must not be dropped.
+            "max_queued_messages 20000",
+            "max_queued_bytes 67108864",
             "persistent_client_expiration 7d",
             "log_dest stderr",
             "connection_messages true",
