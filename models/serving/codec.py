@@ -7,9 +7,11 @@ become null (JSON has no other word for them); binary answers carry the exact bi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numpy as np
 import orjson
 
 from models.errors import InvalidRequest, TooLarge
@@ -124,6 +126,9 @@ class _Head(msgspec.Struct):
     views: list[View] = []
 
 
+_Place = tuple[str, np.dtype[Any], tuple[int, ...], int]
+"""A tensor that is sent as binary data: its name, dtype and shape, and how many bytes it takes."""
+
 _DECODER = msgspec.json.Decoder(_Request)
 _ENCODER = msgspec.json.Encoder()
 
@@ -184,26 +189,61 @@ def encode_response(answer: InferResponse, form: OutputForm, request_id: str | N
 
     Raises InvalidRequest for an output that has no JSON form and was not asked for as binary data.
     """
-    tensors = []
+    tensors: list[_Tensor | _Place] = []
     parts = [b""]
     for name, array in answer.outputs.items():
         if form.by_name.get(name, form.binary):
             data = encode_binary(array, f"output '{name}'")
             parts.append(data)
-            tensors.append(_Tensor(name, datatype_of(array.dtype), array.shape, _BinarySize(len(data))))
+            tensors.append((name, array.dtype, array.shape, len(data)))
         else:
             tensors.append(_json_tensor(name, array))
-    marks = _Marks(
+    # An id is new in every request, a confidence in every answer.
+    comes_again = request_id is None and answer.confidence is None and len(parts) > len(tensors)
+    write = _known_head if comes_again else _response_head
+    parts[0] = head = write(
+        answer.model,
+        answer.version,
+        request_id,
         answer.tier,
         answer.package,
         answer.reason,
         answer.degraded,
-        msgspec.UNSET if answer.confidence is None else answer.confidence,
+        answer.confidence,
+        *tensors,
     )
-    response_id = msgspec.UNSET if request_id is None else request_id
-    head = _ENCODER.encode(_Response(answer.model, answer.version, response_id, marks, tensors))
-    parts[0] = head
     return parts, (len(head) if len(parts) > 1 else None)
+
+
+def _response_head(
+    model: str,
+    version: str,
+    request_id: str | None,
+    tier: str,
+    package: str,
+    reason: str,
+    degraded: bool,
+    confidence: float | None,
+    *tensors: _Tensor | _Place,
+) -> bytes:
+    """The JSON part of an answer."""
+    return _ENCODER.encode(
+        _Response(
+            model,
+            version,
+            msgspec.UNSET if request_id is None else request_id,
+            _Marks(tier, package, reason, degraded, msgspec.UNSET if confidence is None else confidence),
+            [_binary_tensor(*each) if isinstance(each, tuple) else each for each in tensors],
+        )
+    )
+
+
+_known_head = lru_cache(maxsize=MAX_HEADS)(_response_head)
+"""Of an answer that is all binary: the next one of the same model says the same but for the numbers behind it."""
+
+
+def _binary_tensor(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> _Tensor:
+    return _Tensor(name, datatype_of(dtype), shape, _BinarySize(size))
 
 
 def _read_head(text: bytes) -> _Head:

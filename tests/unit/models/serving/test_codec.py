@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec import structs
 
 from models.errors import InvalidRequest, TooLarge, Unreachable
 from models.serving.codec import (
@@ -401,3 +402,33 @@ def test_invented_heads_do_not_grow_memory() -> None:
     for index in range(MAX_HEADS + 1):
         ask_with(heads, np.ones(1, np.float32), priority=index)
     assert len(heads) <= MAX_HEADS
+
+
+def test_a_head_that_is_written_again_says_what_this_answer_is() -> None:
+    ones = np.ones((1, 2), np.float32)
+    answers = [
+        {"outputs": {"y": ones}},
+        {"outputs": {"y": ones.astype(np.int32)}},
+        {"outputs": {"z": ones}},
+        {"outputs": {"y": np.ones((2, 2), np.float32)}},
+        {"outputs": {"y": ones, "z": ones}},
+        {"outputs": {"y": ones}, "degraded": True},
+        {"outputs": {"y": ones}, "version": "2"},
+        {"outputs": {"y": ones}, "confidence": 0.5},
+        {"outputs": {"y": np.array([b"ab"], object)}},
+        {"outputs": {"y": np.array([b"abc"], object)}},
+    ]
+    for _ in range(2):
+        heads = []
+        for each in answers:
+            outputs, more = each["outputs"], {key: value for key, value in each.items() if key != "outputs"}
+            answer = structs.replace(answer_of(outputs), **more)
+            parts, length = encode_response(answer, OutputForm(True), None)
+            head = json.loads(parts[0])
+            assert length == len(parts[0])
+            assert [tensor["name"] for tensor in head["outputs"]] == list(outputs)
+            assert [tensor["shape"] for tensor in head["outputs"]] == [list(array.shape) for array in outputs.values()]
+            assert head["model_version"] == answer.version
+            assert head["parameters"].get("confidence") == answer.confidence
+            heads.append(parts[0])
+        assert len(set(heads)) == len(answers)
