@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from models.errors import TooLarge
+from models.errors import Overloaded, TooLarge
 
 if TYPE_CHECKING:
     from models.serving.http.service import HttpLimits
@@ -80,11 +80,16 @@ class ArrivingBody:
         self._framing = self._framing + received if len(parts) == self._seen else 0
         if self._framing > limits.header_bytes or len(self._trailers) > limits.header_count:
             raise head_too_large(limits)
+        self.join()
+        self._seen = len(parts)
+
+    def join(self) -> None:
+        """Keep the number of pieces within its limit."""
+        parts = self._parts
         if len(parts) - self._joined > MAX_PIECES:
             # Only the new ones: joining all of them each time would copy a long body over and over.
             parts[self._joined :] = [b"".join(parts[self._joined :])]
             self._joined += 1
-        self._seen = len(parts)
 
 
 def head_too_large(limits: HttpLimits) -> TooLarge:
@@ -93,3 +98,7 @@ def head_too_large(limits: HttpLimits) -> TooLarge:
 
 def body_too_large(limits: HttpLimits) -> TooLarge:
     return TooLarge(f"the body exceeds {limits.body_bytes} bytes")
+
+
+def held_too_much() -> Overloaded:
+    return Overloaded("this server holds as many bytes of bodies as it may")

@@ -24,7 +24,7 @@ from models.serving.exchange import (
 )
 from models.serving.http.file import read_pieces
 from models.serving.http.peer import peer_of
-from models.serving.http.reader import BODY, HEAD, IDLE, RequestReader
+from models.serving.http.reader import BODY, HEAD, IDLE, REST, RequestReader
 from models.serving.http.slot import Slot, answer_head, encode_answer, upgrade_head
 
 if TYPE_CHECKING:
@@ -107,14 +107,21 @@ class HttpConnection(RequestReader, asyncio.Protocol):
             if known is not None:
                 self._repeat(known)
                 return
+            begun = self._known.begins(data)
+            if begun is not None:
+                self._begin_rest(*begun)
+                self._flush()
+                return
+        elif self._phase == REST:
+            behind = self._take_rest(data)
+            self._flush()
+            if behind:
+                self.data_received(behind)
+            return
         self._parse(data)
+        self._learn(data, idle)
         if self._phase != IDLE and not self._deaf:
             self._check_partial(len(data))
-        elif idle and self._completed is not None:
-            self._known.learn(data, self._completed)
-        elif not self._whole:
-            # The parser is between two requests and has eaten something: line ends that some clients send.
-            self._known.forget()
         self._completed = None
         self._flush()
 
@@ -123,7 +130,7 @@ class HttpConnection(RequestReader, asyncio.Protocol):
         self._since = self._service.seconds
         slot = Slot(self, request, keep_alive=True)
         self._feeding = True
-        self._admit(slot)
+        self._admit_whole(slot, len(request.body))
         self._feeding = False
         if slot.response is not None or len(self._order) > 1:
             self._flush()
@@ -203,9 +210,9 @@ class HttpConnection(RequestReader, asyncio.Protocol):
             if response is None:
                 break
             order.popleft()
-            closing = self._closes_after(slot)
+            closing = not slot.keep_alive or self._closes_after(slot)
             body = response.body
-            if isinstance(body, Upgrade | FileBody):
+            if not isinstance(body, (bytes, list)):
                 self._write(out, size)
                 if isinstance(body, Upgrade):
                     self._upgrade(response, body)

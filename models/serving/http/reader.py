@@ -6,22 +6,29 @@ Sources: RFC 9112 (messages), RFC 9110 (semantics).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from models.errors import InvalidRequest, Overloaded, TierlineError, TooLarge
+from models.errors import InvalidRequest, TierlineError, TooLarge
 from models.serving.caller import LOCAL_PEER
 from models.serving.exchange import HttpHead, HttpRequest
-from models.serving.http.body import SMALL_BODY_BYTES, ArrivingBody, BodyBudget, body_too_large, head_too_large
+from models.serving.http.body import (
+    SMALL_BODY_BYTES,
+    ArrivingBody,
+    BodyBudget,
+    body_too_large,
+    head_too_large,
+    held_too_much,
+)
 from models.serving.http.known import KnownHead
 from models.serving.http.slot import Slot, path_of_absolute
 
 if TYPE_CHECKING:
     from models.serving.http.service import HttpService
 
-IDLE, HEAD, BODY = range(3)
-"""What arrives now: nothing, a request's head, its body."""
+IDLE, HEAD, BODY, REST = range(4)
+"""What arrives now: nothing, a request's head, its body, the body of one whose head is known."""
 
 
 class RequestReader(ABC):
@@ -43,6 +50,8 @@ class RequestReader(ABC):
         self._known = KnownHead()
         self._completed: HttpRequest | None = None  # by this read alone
         self._whole = 0  # requests that this read completed
+        self._rest_of: HttpHead | None = None
+        self._missing = 0  # bytes of its body
         self._phase = IDLE
         self._since = service.seconds  # when the phase began
         self._partial = 0  # bytes received of an unfinished head
@@ -88,6 +97,62 @@ class RequestReader(ABC):
             self._refuse(InvalidRequest(f"malformed HTTP: {error}"))
         finally:
             self._feeding = False
+
+    def _learn(self, data: bytes, idle: bool) -> None:
+        """`data` has been parsed, `idle`: from the start of a request on. Remember the head for the next one."""
+        if self._phase != IDLE and not self._deaf:
+            if idle or self._whole:
+                whole_head = idle and not self._whole and self._phase == BODY
+                self._known.begin(data if whole_head else b"", sum(map(len, self._parts)))
+        elif self._completed is not None:
+            if idle:
+                self._known.learn(data, self._completed)
+            else:
+                self._known.learn_begun(self._completed)
+        elif not self._whole:
+            # The parser is between two requests and has eaten something: line ends that some clients send.
+            self._known.forget()
+
+    # --- a body whose head is known, without the parser ----------------------------------------------------------------
+
+    def _begin_rest(self, head: HttpHead, data: bytes, missing: int) -> None:
+        """`data`: the body's beginning; `missing`: bytes that follow it."""
+        self._phase = REST
+        self._since = self._service.seconds
+        self._rest_of = head
+        self._missing = missing + len(data)
+        self._arriving.begin()
+        self._take_rest(data)
+
+    def _take_rest(self, data: bytes) -> bytes:
+        """Take what belongs to the body; what stands behind it is given back."""
+        missing = self._missing
+        if len(data) >= missing:
+            self._end_rest(data if len(data) == missing else data[:missing])
+            return data[missing:]
+        self._missing -= len(data)
+        if data:
+            self._parts.append(data)
+        self._arriving.join()
+        if not self._budget.arrive(len(data)):
+            self._refuse(held_too_much())
+        return b""
+
+    def _end_rest(self, data: bytes) -> None:
+        self._phase = IDLE
+        self._parts.append(data)
+        body = b"".join(self._parts)
+        self._parts.clear()
+        self._budget.arrived()
+        head, self._rest_of = cast(HttpHead, self._rest_of), None
+        self._feeding = True
+        self._admit_whole(Slot(self, HttpRequest(head, body), keep_alive=True), len(body))
+        self._feeding = False
+
+    def _admit_whole(self, slot: Slot, body_bytes: int) -> None:
+        if body_bytes > SMALL_BODY_BYTES:
+            slot.held = self._budget.hold(body_bytes)
+        self._admit(slot)
 
     # --- called by the parser ------------------------------------------------------------------------------------------
 
@@ -136,9 +201,7 @@ class RequestReader(ABC):
         self._completed = request if self._whole == 1 and slot.keep_alive else None
         if not slot.keep_alive:
             self._deaf = True
-        if len(body) > SMALL_BODY_BYTES:
-            slot.held = self._budget.hold(len(body))
-        self._admit(slot)
+        self._admit_whole(slot, len(body))
 
     def _check_head(self) -> None:
         size = sum(map(len, self._url)) + sum(len(name) + len(value) for name, value in self._headers.items())
@@ -163,7 +226,7 @@ class RequestReader(ABC):
                 self._refuse(error)
                 return
         if not self._deaf and not self._budget.arrive(received):
-            self._refuse(Overloaded("this server holds as many bytes of bodies as it may"))
+            self._refuse(held_too_much())
 
     def _begin_body(self) -> None:
         self._body_begun = True

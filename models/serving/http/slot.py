@@ -77,7 +77,7 @@ def encode_answer(
     """Append the whole answer to `out`; returns the length of the body that was appended."""
     length = len(body) if isinstance(body, bytes) else sum(map(len, body))
     out.append(answer_head(date, slot, response, length, closing))
-    if slot.request is not None and slot.request.method == "HEAD":
+    if slot.request is not None and slot.request.head.method == "HEAD":
         return 0
     if isinstance(body, bytes):
         out.append(body)

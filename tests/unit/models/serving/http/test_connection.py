@@ -713,6 +713,47 @@ async def test_a_head_that_is_remembered_means_what_the_parser_says(reads: tuple
     assert seen_by(*reads) == seen_by(*reads, split=True)
 
 
+@pytest.mark.parametrize("index", range(1, len(POST_B)))
+@pytest.mark.parametrize(
+    "first", [(POST_B,), (POST_B[:-1], POST_B[-1:]), (POST_B[:3], POST_B[3:]), (GET_A, GET_A + POST_B)]
+)
+async def test_a_body_that_comes_in_pieces_behind_a_head_that_is_remembered(
+    first: tuple[bytes, ...], index: int
+) -> None:
+    again = POST_B.replace(b"hi", b"ho")
+    reads = (*first, again[:index], again[index:] + GET_A, GET_A, again[:index], again[index:] + GET_A[:9], GET_A[9:])
+    assert seen_by(*reads) == seen_by(*reads, split=True)
+
+
+async def test_a_head_behind_another_request_is_not_taken_for_the_one_before_it() -> None:
+    other = POST_B.replace(b"/b", b"/c")
+    reads = (POST_B[:-1], POST_B[-1:] + other[:-1], other[-1:], POST_B, POST_B[:-1], POST_B[-1:], other)
+    assert seen_by(*reads) == seen_by(*reads, split=True)
+
+
+async def test_a_body_behind_a_head_that_is_remembered_has_no_more_time_than_any() -> None:
+    client = Client(echo)
+    client.send(POST_B)
+    client.send(POST_B[:-1])
+    for _ in range(HttpLimits().body_seconds + 2):
+        client.service.sweep()
+    assert b"408" in client.transport.sent
+    client.send(POST_B[-1:])
+    assert len(client.answers()) == 2
+
+
+async def test_a_body_in_many_pieces_behind_a_head_that_is_remembered_is_joined_now_and_then() -> None:
+    large = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n\r\n" + b"x" * 5000
+    client = Client(echo)
+    client.send(large)
+    client.send(large[:-5000])
+    for _ in range(4999):
+        client.send(b"x")
+        assert len(client.connection._parts) <= MAX_PIECES + 5
+    client.send(b"x")
+    assert bodies(client)[0] == bodies(client)[1]
+
+
 async def test_a_connection_in_steady_use_is_not_idle() -> None:
     client = Client(echo)
     for _ in range(3 * HttpLimits().idle_seconds):
@@ -763,6 +804,20 @@ async def test_the_bodies_of_all_connections_together_are_bounded() -> None:
     for connection, _ in clients:
         connection.connection_lost(None)
     assert service.held_bytes == 0
+
+
+async def test_bodies_behind_a_head_that_is_remembered_are_bounded_too() -> None:
+    client = Client(echo, held_bytes=70_000)
+    large = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n" + b"x" * 60_000
+    client.send(large)
+    client.send(large[:40_000])
+    assert client.service.held_bytes >= 39_000
+    client.service.held_bytes += 30_000  # of another connection
+    client.send(large[40_000:50_000])
+    client.service.held_bytes -= 30_000
+    assert [status for status, _, _ in client.answers()] == [200, 429]
+    client.connection.connection_lost(None)
+    assert client.service.held_bytes == 0
 
 
 async def test_requests_behind_a_file_wait_in_the_socket_not_in_memory(tmp_path: Path) -> None:
