@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut strace stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
@@ -41,6 +41,9 @@ messages: $(VENV)/.test mosquitto  ## 10,000 malformed control-plane messages to
 fleet: $(VENV)/.test mosquitto    ## 1,000 simulated nodes coming back at once to a real broker and hub
 	$(BIN)/python tests/proofs/fleet.py $(ARGS)
 
+powercut: $(VENV)/.test strace ## what a power cut may leave of a node's disk: every state must start
+	$(BIN)/python tests/proofs/powercut.py $(ARGS)
+
 stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
 	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'
 	build/stubs/bin/python -m grpc_tools.protoc -I models/serving/grpc --python_out=models/serving/grpc models/serving/grpc/inference.proto
@@ -68,6 +71,9 @@ mosquitto:
 
 redis:
 	@command -v redis-server valkey-server >/dev/null || $(MAKE) --no-print-directory package NAME=redis-server
+
+strace:
+	@command -v strace >/dev/null || $(MAKE) --no-print-directory package NAME=strace
 
 h2load:
 	@command -v h2load >/dev/null || $(MAKE) --no-print-directory package NAME=nghttp2-client
