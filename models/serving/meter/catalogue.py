@@ -222,6 +222,41 @@ ENTRIES = (
         "WebSocket connections open.",
         "Falls to zero at once: a proxy between cut them; its idle timeout must exceed 20 s.",
     ),
+    # --- events up -------------------------------------------------------------------------------------------------------
+    Entry(
+        "outbox.event.pending",
+        "gauge",
+        "{event}",
+        (),
+        "Events on the disk that the hub has not acknowledged.",
+        "Grows without falling: the broker or the hub is out of reach; what follows is in docs/events.md.",
+    ),
+    Entry(
+        "outbox.event.size",
+        "gauge",
+        "By",
+        (),
+        "What those events count for in the outbox's quota.",
+        "At the quota: the oldest of the lowest priority are dropped.",
+    ),
+    Entry(
+        "outbox.event.outcomes",
+        "counter",
+        "{event}",
+        ("outcome",),
+        "Events by what became of them: enqueued, delivered, expired, or dropped and why (dropped.quota, dropped.disk, "
+        "dropped.overrun, dropped.refused). enqueued = the sum of the others and outbox.event.pending.",
+        "dropped.disk: the disk is full or read-only. dropped.quota: away for too long. dropped.refused: the hub's ledger of "
+        "the node says why.",
+    ),
+    Entry(
+        "outbox.event.resends",
+        "counter",
+        "{event}",
+        (),
+        "Events sent again because no acknowledgement came in time.",
+        "Rising while the hub is up: it is too slow, or limits this node.",
+    ),
     # --- the process -----------------------------------------------------------------------------------------------------
     Entry(
         "process.cpu.time",

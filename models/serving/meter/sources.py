@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 from models.serving.meter.registry import Registry
@@ -72,6 +74,33 @@ class ExporterNumbers(Protocol):
     def exported(self) -> int: ...
     @property
     def dropped(self) -> int: ...
+
+
+class OutboxNumbers(Protocol):
+    """What keeps events until the hub has them. `totals`: outcome -> events so far."""
+
+    @property
+    def pending(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def resent(self) -> int: ...
+    def totals(self) -> Mapping[str, int]: ...
+
+
+OUTCOMES = ("enqueued", "delivered", "expired", "dropped.quota", "dropped.disk", "dropped.overrun", "dropped.refused")
+
+
+def watch_outbox(registry: Registry, outbox: OutboxNumbers) -> None:
+    registry.read("outbox.event.pending", lambda: outbox.pending)
+    registry.read("outbox.event.size", lambda: outbox.size)
+    registry.read("outbox.event.resends", lambda: outbox.resent)
+    for outcome in OUTCOMES:
+        registry.read("outbox.event.outcomes", partial(_outcome, outbox, outcome), outcome=outcome)
+
+
+def _outcome(outbox: OutboxNumbers, outcome: str) -> int:
+    return outbox.totals().get(outcome, 0)
 
 
 def watch_cache(registry: Registry, cache: CacheNumbers) -> None:

@@ -21,10 +21,12 @@ from models.serving.meter.meter import Meter
 from models.serving.meter.registry import MAX_VALUES, Registry
 from models.serving.meter.resources import watch_process, watching_loop
 from models.serving.meter.sources import (
+    OUTCOMES,
     watch_cache,
     watch_exporter,
     watch_guard,
     watch_memory,
+    watch_outbox,
     watch_queue,
     watch_router,
 )
@@ -44,10 +46,14 @@ class Parts:
         self.up_suspended = False
         self.exported = self.dropped = 0
         self.loads = self.used = self.resident = 0
+        self.pending = self.size = self.resent = 0
         self.waiting = self.backlog = self.connections = 0
 
     def use(self) -> Parts:
         return self
+
+    def totals(self) -> dict[str, int]:
+        return dict.fromkeys(OUTCOMES, self.pending)
 
     def __len__(self) -> int:
         return self.waiting
@@ -98,6 +104,7 @@ async def test_every_entry_is_emitted_and_moves(
     watch_exporter(registry, parts)
     watch_queue(registry, parts)
     watch_memory(registry, parts)
+    watch_outbox(registry, parts)
     registry.read("websocket.connections", lambda: parts.connections)
     before = numbers(registry)
     parts.move()
