@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from sync.clock import Clock
+from sync.deadline import within
 from sync.errors import Rejected, StoreFailed, Unavailable
+from sync.failpoints import reach
 from sync.messages import Document
 from sync.state import StateStore
+from sync.states import DEADLINES
 from sync.store import BlobStore
 from sync.trust import Verified, unseal
 
@@ -20,6 +23,8 @@ MAX_STARTS = 3
 """Starts of one version that may end in the death of the process before it is given up."""
 MAX_UNLUCKY = 5
 """Preparations in a row that may fail for a reason that passes (no memory, no time) before it counts as the version's own."""
+GO_BACK_SECONDS = 60.0
+"""Pause before going back to the previous version is tried again, when it could not be prepared."""
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +52,14 @@ class Activator(Protocol):
         ...
 
     def verdict(self) -> str:
-        """`good`, `undecided` or `bad: reason`, from live traffic since the last commit."""
+        """From live traffic since the last commit, each with what it rests on after a colon.
+
+        `good`: proved, nothing more to look at. `good so far`: proved, and still watched. `undecided`. `bad`.
+        """
+        ...
+
+    def settled(self) -> None:
+        """The probation is over: what was kept for it may go."""
         ...
 
 
@@ -81,7 +93,10 @@ def reopen(envelope: bytes) -> Offer:
 
 
 class InForce:
-    """What one kind of document makes this node run now. `tell(state, error, offer)` hears of every change."""
+    """What one kind of document makes this node run now. `tell(event, error, offer, detail)` hears of every step.
+
+    `probation` and `deadline(state)` are asked anew each time: settings change.
+    """
 
     def __init__(
         self,
@@ -93,8 +108,9 @@ class InForce:
         store: BlobStore,
         clock: Clock,
         capabilities: Mapping[str, object],
-        probation: Probation,
-        tell: Callable[[str, str | None, Offer | None], None],
+        probation: Callable[[], Probation],
+        tell: Callable[[str, str | None, Offer, str | None], Awaitable[None]],
+        deadline: Callable[[str], float] = DEADLINES.__getitem__,
     ) -> None:
         self.current: Offer | None = None
         self.watching = False
@@ -108,8 +124,10 @@ class InForce:
         self._capabilities = capabilities
         self._probation = probation
         self._tell = tell
+        self._deadline = deadline
         self._committed_at = 0.0
         self._unlucky = 0
+        self._late: set[asyncio.Future[None]] = set()
 
     def plan(self, offer: Offer) -> Sequence[str]:
         """The digests this node needs. Raises Rejected."""
@@ -124,10 +142,22 @@ class InForce:
 
     async def prepare(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
         """What `put` takes. Raises Rejected with the activator's reason."""
+        work = self._prepared(offer, blobs)
+        try:
+            return await within(self._clock, self._deadline("preparing"), "preparing", work, late=self._discard_late)
+        except Unavailable as error:
+            raise Rejected(str(error)) from _Passing()
+
+    async def _prepared(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
         try:
             return await self._activator.prepare(offer.body, blobs)
         except Exception as error:
             raise Rejected(str(error)) from error
+
+    def _discard_late(self, token: object) -> None:
+        task = asyncio.ensure_future(self._activator.discard(token))
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
 
     async def prepare_candidate(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
         """Prepare, counted on the disk: a version that kills the process while it loads is not tried for ever."""
@@ -158,31 +188,41 @@ class InForce:
     async def discard(self, token: object) -> None:
         await self._activator.discard(token)
 
-    async def put(self, offer: Offer, token: object) -> None:
-        """Commit and go on probation. The disk already says that the offer is the active document."""
+    async def put(self, offer: Offer, token: object, *, event: str = "committed", proved: bool = False) -> None:
+        """Commit and go on probation, unless it `proved` itself before. The disk already says that the offer is active."""
+        await within(self._clock, self._deadline("committing"), "committing", self._committed(offer, token))
+        self._committed_at = self.judge_at = self._clock.monotonic()
+        self.watching, self.on_probation = True, not proved
+        await self._tell(event, None, offer, None)
+        if proved:
+            await self._tell("good", None, offer, None)
+
+    async def _committed(self, offer: Offer, token: object) -> None:
         await self._activator.commit(token)
         self.current = offer
-        self._committed_at = self.judge_at = self._clock.monotonic()
-        self.watching = self.on_probation = True
-        self._tell("probation", None, offer)
 
     async def judge(self) -> None:
         """Look at the verdict of live traffic, while it is open: confirm, keep watching, or go back."""
         if not self.watching:
             return
-        self.judge_at = self._clock.monotonic() + self._probation.poll
+        probation = self._probation()
+        self.judge_at = self._clock.monotonic() + probation.poll
         verdict = self._activator.verdict()
         if verdict.startswith("bad"):
             self.watching = self.on_probation = False
-            await self._roll_back(verdict)
+            if await self._roll_back(verdict):
+                self._activator.settled()
             return
-        if verdict == "good":
+        is_good = verdict.startswith("good")
+        if is_good and not verdict.startswith("good so far"):
             self.watching = False
-        old_enough = self._clock.monotonic() - self._committed_at >= self._probation.seconds
-        if self.on_probation and (verdict == "good" or old_enough):
+        old_enough = self._clock.monotonic() - self._committed_at >= probation.seconds
+        if self.on_probation and self.current is not None and (is_good or old_enough):
             self.on_probation = False
-            self._tell("applied", None, self.current)
+            # First what rolling back and crash counting go by, then what is reported.
             await self._end_start("active", confirmed=True)
+            await self._tell("good", None, self.current, None if verdict == "good" else verdict)
+            self._activator.settled()
 
     async def leave(self) -> None:
         """Stopping in good order is no crash of the version."""
@@ -208,14 +248,12 @@ class InForce:
                 return
             self.current = None
         try:
-            self._tell("preparing", None, active)
             token = await self.prepare(active, self._stored_blobs(active))
         except Rejected as error:
             log.warning("the stored %s document does not start: %s", self._name[0], error)
             await self._start_previous(active, slots.previous, f"{error.code}: {error}")
             return
-        self._tell("committing", None, active)
-        await self.put(active, token)
+        await self.put(active, token, event="started", proved=slots.proved)
         await self.judge()
 
     async def _start_previous(self, broken: Offer, previous: bytes | None, why: str) -> None:
@@ -228,25 +266,32 @@ class InForce:
                 self.current = offer
         except (Rejected, StoreFailed) as error:
             why = f"{why}; nor does the previous one: {error}"
-        self._tell("failed", why, broken)
+        await self._tell("failed", why, broken, None)
 
     async def _roll_back(self, reason: str) -> bool:
         """Prepare the previous stored document again. Without one, the bad version stays: some answer beats none."""
         bad, previous = self.current, (await asyncio.to_thread(self._disk.slots, *self._name)).previous
-        if bad is None or previous is None:
-            self._tell("failed", f"rejected: {reason}; there is no previous version to go back to", bad)
+        if bad is None:
+            return False
+        if previous is None:
+            why = f"rejected: {reason}; there is no previous version to go back to"
+            await self._tell("failed", why, bad, None)
             return False
         offer = reopen(previous)
         try:
             token = await self.prepare(offer, self._stored_blobs(offer))
+            reach("updater.rolling_back")
             await asyncio.to_thread(self._disk.roll_back, *self._name, bad.verified.digest, f"rejected: {reason}")
         except (Rejected, StoreFailed) as error:
-            self._tell("failed", f"rejected: {reason}; going back failed: {error}", bad)
+            await self._tell("failed", f"rejected: {reason}; going back failed: {error}", bad, None)
+            # Not given up: a disk gets room, memory gets free.
+            self.watching, self.judge_at = True, self._clock.monotonic() + GO_BACK_SECONDS
             return False
+        reach("updater.rolled_back")
         await self._activator.commit(token)
         self.current = offer
         log.warning("%s revision %d rolled back: %s", self._name[0], bad.document.revision, reason)
-        self._tell("rolled_back", f"rejected: {reason}", bad)
+        await self._tell("bad", f"rejected: {reason}", bad, None)
         return True
 
     async def _count_start(self) -> int:
@@ -268,3 +313,9 @@ class InForce:
         if missing:
             raise Rejected(f"{len(missing)} files of the stored document are gone, the first is {missing[0]}")
         return {digest: self._store.path(digest) for digest in planned}
+
+
+class _Passing(Exception):
+    """Time ran out: to be tried again, a few times."""
+
+    transient = True

@@ -16,12 +16,16 @@ POINTS = (
     "updater.verified",
     "updater.floor",
     "updater.fetched",
+    "updater.preparing",
     "updater.prepared",
+    "updater.committing",
     "updater.recorded",
     "updater.committed",
     "updater.reported",
 )
 """In the order in which an update passes them."""
+DETOURS = ("updater.waiting", "updater.rolling_back", "updater.rolled_back")
+"""Passed only by an update that must wait, or is taken back."""
 
 
 class FailpointReached(Exception):
@@ -47,7 +51,7 @@ def _armed(setting: str) -> dict[str, str]:
     armed: dict[str, str] = {}
     for item in filter(None, setting.split(",")):
         point, _, action = item.partition("=")
-        if point not in POINTS or action.partition(":")[0] not in ("kill", "error", "pause"):
+        if point not in POINTS + DETOURS or action.partition(":")[0] not in ("kill", "error", "pause"):
             raise ValueError(f"{VARIABLE}: {item!r} is not <point>=kill, error or pause:<seconds>")
         armed[point] = action
     return armed

@@ -15,17 +15,15 @@ from sync.errors import Malformed
 
 MAX_MESSAGE_BYTES = 64 * 1024
 """Largest MQTT payload. Hosted brokers accept 64-128 KiB."""
-MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
-"""Largest document fetched over HTTP (the catalogue of packages)."""
 MAX_SIGNATURES = 8
 
 T = TypeVar("T")
 
 
-class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The signed payload.
+class Document(msgspec.Struct, frozen=True):
+    """The signed payload. Unknown fields are ignored, as in every message: the other side may be of another release.
 
-    `kind`: desired, policy, settings or catalog. `scope`: `node:<id>`, `tenant:<name>`, `group:<tenant>.<name>` or `hub`.
+    `kind`: desired, policy or settings. `scope`: `node:<id>`, `tenant:<name>` or `group:<tenant>.<name>`.
     `revision`: monotone per (kind, scope). `issued`, `expires`: Unix seconds, `expires` None = does not expire.
     `digests`: every file that `body` names. `body`: JSON that only the activator reads, kept as raw bytes.
     """
@@ -56,9 +54,9 @@ class Envelope(msgspec.Struct, frozen=True):
 class DocumentReport(msgspec.Struct, frozen=True, kw_only=True):
     """How far a node has got with one document.
 
-    `state`: a state of `sync.updater.STATES`. `revision`: the newest revision seen; `applied`: the one in force, 0 = none.
+    `state`: a state of `sync.states.STATES`. `revision`: the newest revision seen; `applied`: the one in force, 0 = none.
     `digest`: of the applied payload. `error`: why the newest is not in force, `code: text`. `at`: Unix seconds of the last
-    change of state.
+    change of state. `detail`: what it waits for, or what its verdict rests on. `attempts`: that failed so far.
     """
 
     revision: int
@@ -67,6 +65,8 @@ class DocumentReport(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     error: str | None = None
     at: float = 0.0
+    detail: str | None = None
+    attempts: int = 0
 
 
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,11 +104,12 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HubState(msgspec.Struct, frozen=True, kw_only=True):
-    """`epoch` changes at every start of the hub."""
+    """`epoch` changes at every start of the hub. `fleet`: number of nodes, which scales their jitter; 0 = not said."""
 
     v: int = 1
     state: str
     epoch: str = ""
+    fleet: int = 0
 
 
 def decode(data: bytes, into: type[T], limit: int = MAX_MESSAGE_BYTES) -> T:

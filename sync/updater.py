@@ -1,11 +1,12 @@
 """How a signed document becomes what a node runs - and how that is undone. One updater per kind of document.
 
-    offer -> verify -> approve -> plan -> [floor and candidate on the disk] -> fetch -> prepare -> [active on the disk]
-          -> commit -> probation -> applied
+    offer -> verify -> approve -> plan -> [floor and candidate on the disk] -> fetch -> wait for holds and windows -> prepare
+          -> [active on the disk] -> commit -> probation -> applied
 
-Starting up and rolling back are preparing a stored document again, without any network. The stored state is changed before
-the running one, so a power cut at any step leaves the old version or the new one, and both were verified. What the body
-means is the activator's business: trust looks at signature, scope, revision and digests only.
+`sync.states` is the table of what may follow what. Each state is on the disk before it is entered, so a node that was killed
+goes on in it. Starting up and rolling back are preparing a stored document again, without any network. The stored state is
+changed before the running one, so a power cut at any step leaves the old version or the new one, and both were verified.
+What the body means is the activator's business: trust looks at signature, scope, revision and digests only.
 """
 
 from __future__ import annotations
@@ -14,34 +15,24 @@ import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sync.activation import Activator, InForce, Offer, Probation, reopen
 from sync.clock import Clock
+from sync.deadline import within
 from sync.errors import Refused, Rejected, Replayed, StoreFailed, SyncError
 from sync.failpoints import reach
 from sync.fetch import Fetcher
+from sync.gate import Gate, Obstacle
 from sync.messages import DocumentReport
 from sync.packages import Packages
-from sync.state import StateStore
+from sync.settings import Settings
+from sync.state import Progress, StateStore
+from sync.states import DEADLINES, RESUMED, STATES, UNDER_WAY, step
 from sync.store import BlobStore
-from sync.trust import Keyring, Verified, unseal, verify
-
-STATES: dict[str, tuple[str, ...]] = {
-    "idle": ("verifying", "preparing", "refused", "rolled_back", "failed"),
-    "verifying": ("verifying", "fetching", "preparing", "refused", "failed"),
-    "fetching": ("verifying", "preparing", "refused", "failed", "rolled_back"),
-    "preparing": ("verifying", "committing", "refused", "failed", "rolled_back"),
-    "committing": ("probation", "rolled_back", "failed"),
-    "probation": ("verifying", "applied", "rolled_back", "failed"),
-    "applied": ("verifying", "applied", "refused", "rolled_back", "failed"),
-    "refused": ("verifying", "applied", "refused", "rolled_back", "failed"),
-    "failed": ("verifying", "applied", "refused", "rolled_back", "failed"),
-    "rolled_back": ("verifying", "applied", "refused", "rolled_back", "failed"),
-}
-"""State of the newest document -> states it may turn to. `failed` is tried again, `refused` and `rolled_back` are not."""
-_UNDER_WAY = ("verifying", "fetching", "preparing", "committing", "probation")
+from sync.trust import Verified, signer_of, unseal, verify
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for the worker, which may be inside an activator."""
@@ -74,11 +65,12 @@ class Updater:
         store: BlobStore,
         packages: Packages,
         fetcher: Fetcher,
-        keyring: Keyring,
         clock: Clock,
         capabilities: Mapping[str, object],
         on_report: Callable[[str, DocumentReport], None],
         probation: Probation | None = None,
+        settings: Callable[[], Settings] = Settings,
+        gate: Gate | None = None,
     ) -> None:
         self.kind = kind
         self.scope = scope
@@ -86,10 +78,12 @@ class Updater:
         self._disk = state
         self._packages = packages
         self._fetcher = fetcher
-        self._keyring = keyring
+        self._store = store
         self._clock = clock
         self._on_report = on_report
-        self._probation = probation or Probation()
+        self._fixed_probation = probation
+        self._settings = settings
+        self._gate = gate
         self._in_force = InForce(
             kind,
             scope,
@@ -99,21 +93,35 @@ class Updater:
             clock=clock,
             capabilities=capabilities,
             probation=self._probation,
-            tell=self._set,
+            tell=self._heard,
+            deadline=self._deadline,
         )
-        self._report = DocumentReport(revision=state.floor(kind, scope).revision, applied=0, state="idle")
+        self._seen = state.floor(kind, scope).revision
+        self._progress = state.progress(kind, scope) or Progress("idle")
+        self._aside: str | None = None
         self._rejected = ("", "")
         self._last_refusal = ""
         self._point_of_no_return = asyncio.Lock()
         self._offers: deque[bytes] = deque(maxlen=MAX_OFFERS)
         self._offered = asyncio.Event()
         self._resume: Offer | None = None
+        self._held_since: float | None = None
         self._running: Offer | None = None
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def report(self) -> DocumentReport:
-        return self._report
+        progress, active = self._progress, self._in_force.current
+        return DocumentReport(
+            revision=max(self._seen, progress.revision),
+            applied=0 if active is None else active.document.revision,
+            state=progress.state if self._aside is None else "refused",
+            digest="" if active is None else active.verified.digest,
+            error=progress.error if self._aside is None else self._aside[:MAX_ERROR_TEXT],
+            at=progress.since,
+            detail=progress.detail,
+            attempts=progress.attempts,
+        )
 
     def needed(self) -> frozenset[str]:
         """Every digest that a stored document names: what must stay in the store."""
@@ -128,10 +136,36 @@ class Updater:
 
     async def start(self) -> None:
         """Put the stored document in force, without network, then begin to work on offers."""
+        await self._pick_up()
         await self._in_force.start()
         candidate = (await asyncio.to_thread(self._disk.slots, self.kind, self.scope)).candidate
         self._resume = None if candidate is None else reopen(candidate)
+        if self._resume is not None and self._is_current(self._resume.verified.digest):
+            self._resume = None
+        if self._progress.state != "idle":
+            self._say()
         self._worker = asyncio.create_task(self._work(), name=f"updater {self.kind}")
+
+    async def _pick_up(self) -> None:
+        """Make what the disk says of the newest document agree with what it says of the stored ones."""
+        slots = await asyncio.to_thread(self._disk.slots, self.kind, self.scope)
+        condemned, reason = self._disk.condemned(self.kind, self.scope)
+        progress = self._progress
+        if progress.digest and progress.digest == condemned and progress.state != "rolled_back":
+            await self._enter("bad", reason)
+        if slots.active is None:
+            active = None
+        else:
+            active = reopen(slots.active)
+            if progress.state == "idle":
+                self._progress = replace(progress, digest=active.verified.digest, revision=active.document.revision)
+        in_force = active is not None and active.verified.digest == progress.digest
+        if progress.state == "committing" and not in_force:
+            await self._enter("resumed")
+        if progress.state == "held":
+            # Holding went on while nobody counted.
+            held = progress.held + max(0.0, self._clock.wall() - progress.since)
+            self._progress = replace(progress, held=held)
 
     async def close(self) -> None:
         """Stop. A commit under way is finished first; leaving in good order is no crash of the version."""
@@ -148,13 +182,13 @@ class Updater:
         while True:
             try:
                 if offer is None:
-                    offer = self._admit(await self._next_offer())
+                    offer = await self._admit(await self._next_offer())
                 else:
                     offer = await self._carry_out(offer)
             except Exception as error:
                 # Last resort: the worker outlives every mistake of ours.
                 log.exception("the %s updater failed", self.kind)
-                self._set("failed", f"error: {error}")
+                await self._mistake(error)
                 offer = None
 
     async def _next_offer(self) -> bytes:
@@ -174,11 +208,18 @@ class Updater:
                 await self._wait(update)
                 await self._watch()
                 if self._offers:
-                    newer = self._admit(self._offers.popleft())
+                    newer = await self._admit(self._offers.popleft())
         finally:
             async with self._point_of_no_return:
                 update.cancel()
-            await asyncio.wait({update})
+            await asyncio.wait({update}, timeout=CLOSE_SECONDS)
+            if not update.done():
+                log.error("the update to revision %d does not end and is left alone", offer.document.revision)
+            if self._progress.state == "committing":
+                # It failed, and was taken off before it could say so.
+                await self._enter(
+                    "failed", f"unavailable: revision {offer.document.revision} could not be put in force"
+                )
             self._running = None
         return newer
 
@@ -206,40 +247,55 @@ class Updater:
     @property
     def _busy(self) -> bool:
         """The report tells of something under way, which an offer that is refused must not hide."""
-        return self._report.state in _UNDER_WAY or (self._report.state == "failed" and self._running is not None)
+        state = self._progress.state
+        return state in UNDER_WAY or (state == "failed" and self._running is not None)
 
     # --- deciding about an offer --------------------------------------------------------------------------------
 
-    def _admit(self, envelope: bytes) -> Offer | None:
+    async def _admit(self, envelope: bytes) -> Offer | None:
         """The offer, when there is something to do about it."""
         try:
-            offer = Offer(self._verify(envelope), envelope)
-        except Refused as error:
-            self._refuse(error, quietly=self._busy)
+            offer = Offer(await self._verify(envelope), envelope)
+        except SyncError as error:
+            self._count(error)
+            # Bytes that nobody vouches for are told of, and never make this node write to its disk.
+            self._aside = None if self._busy else f"{error.code}: {error}"
+            self._say()
             return None
-        digest, active = offer.verified.digest, self._in_force.current
-        if self._busy and self._running is not None and digest == self._running.verified.digest:
-            self._set(self._report.state, self._report.error)
-            return None
-        if active is not None and digest == active.verified.digest:
-            self._set("probation" if self._in_force.on_probation else "applied")
-            return None
-        condemned, reason = self._disk.condemned(self.kind, self.scope)
-        if digest == condemned:
-            self._set("rolled_back", reason, offer)
-            return None
-        if digest == self._rejected[0]:
-            self._set("refused", self._rejected[1], offer)
-            return None
-        return offer
+        digest = offer.verified.digest
+        if self._running is not None and self._busy and digest == self._running.verified.digest:
+            self._say()
+        elif self._is_current(digest):
+            await self._again(offer)
+        elif digest == self._disk.condemned(self.kind, self.scope)[0]:
+            reason = self._disk.condemned(self.kind, self.scope)[1]
+            await self._enter("bad", reason, offer)
+        elif digest == self._rejected[0]:
+            await self._enter("refused", self._rejected[1], offer)
+        else:
+            return offer
+        return None
 
-    def _verify(self, envelope: bytes) -> Verified:
+    def _is_current(self, digest: str) -> bool:
+        current = self._in_force.current
+        return current is not None and current.verified.digest == digest
+
+    async def _again(self, offer: Offer) -> None:
+        """What is in force was offered once more."""
+        self._aside = None
+        if self._progress.digest == offer.verified.digest:
+            self._say()
+        else:
+            await self._enter("watched" if self._in_force.on_probation else "good", None, offer)
+
+    async def _verify(self, envelope: bytes) -> Verified:
+        keyring = await self._packages.keyring(signer_of(envelope))
         floor = self._disk.floor(self.kind, self.scope)
         running = self._running
         now = max(self._clock.wall(), self._disk.time_floor())
         verified = verify(
             envelope,
-            self._keyring,
+            keyring,
             kind=self.kind,
             scope=self.scope,
             floor=floor.revision,
@@ -251,13 +307,6 @@ class Updater:
             if revision <= current:
                 raise Replayed(f"revision {revision} is not above {current}, which is under way")
         return verified
-
-    def _refuse(self, error: SyncError, *, offer: Offer | None = None, quietly: bool = False) -> None:
-        self._count(error)
-        if quietly:
-            self._set(self._report.state, self._report.error)
-        else:
-            self._set("refused", f"{error.code}: {error}", offer)
 
     def _count(self, error: SyncError) -> None:
         self.refusals[error.code] += 1
@@ -273,11 +322,10 @@ class Updater:
 
         Only the activator's word is final: a catalogue or a file that is wrong today may come right from its source tomorrow.
         """
-        attempt = 0
+        resumed = offer is self._resume and self._can_go_on(offer)
         while True:
             try:
-                self._set("verifying", None, offer)
-                await self._try(offer)
+                await self._try(offer, resumed=resumed)
                 return reach("updater.reported")
             except Rejected as error:
                 self._rejected = (offer.verified.digest, f"{error.code}: {error}")
@@ -285,13 +333,27 @@ class Updater:
             except SyncError as error:
                 if isinstance(error, Refused):
                     self._count(error)
-                self._set("failed", f"{error.code}: {error}", offer)
+                await self._enter("failed", f"{error.code}: {error}", offer)
             except Exception as error:
                 log.exception("the update of %s failed", self.kind)
-                self._set("failed", f"error: {error}", offer)
+                await self._mistake(error)
+            resumed = False
+            attempt = max(self._progress.attempts - 1, 0)
             pause = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** min(attempt, 10))
-            attempt += 1
             await self._clock.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+
+    def _can_go_on(self, offer: Offer) -> bool:
+        """Whether a candidate is taken up in the state in which the last process left it."""
+        state = self._progress.state
+        if self._progress.digest != offer.verified.digest or state not in RESUMED:
+            return False
+        return state == "fetching" or all(self._store.has(digest) for digest in self._planned(offer))
+
+    def _planned(self, offer: Offer) -> Sequence[str]:
+        try:
+            return self._in_force.plan(offer)
+        except Rejected:
+            return offer.document.digests  # said when it is tried
 
     async def _give_up(self, offer: Offer, error: Rejected) -> None:
         if offer.document.digests:
@@ -299,59 +361,171 @@ class Updater:
                 await asyncio.to_thread(self._disk.forget_candidate, self.kind, self.scope)
             except StoreFailed as failure:
                 log.warning("the refused candidate stays on the disk: %s", failure)
-        self._refuse(error, offer=offer)
+        self._count(error)
+        await self._enter("refused", f"{error.code}: {error}", offer)
 
-    async def _try(self, offer: Offer) -> None:
+    async def _try(self, offer: Offer, *, resumed: bool) -> None:
+        if not resumed:
+            await self._enter("offered", None, offer)
         reach("updater.verified")
         document = offer.document
         if document.digests:
-            sizes = await self._packages.require(document.digests)
             planned = self._in_force.plan(offer)
-            await asyncio.to_thread(self._disk.accept, offer.verified, offer.envelope)
-            reach("updater.floor")
-            self._set("fetching", None, offer)
-            blobs = {digest: await self._fetcher.fetch(digest, sizes[digest]) for digest in planned}
+            if not (resumed and all(self._store.has(digest) for digest in planned)):
+                await self._bring(offer, planned, resumed=resumed)
             reach("updater.fetched")
-            self._set("preparing", None, offer)
+            await self._pass_gate(offer, "go")
+            reach("updater.preparing")
+            blobs = {digest: self._store.path(digest) for digest in planned}
             token = await self._in_force.prepare_candidate(offer, blobs)
         else:
             # Nothing to fetch, nothing that can crash while it loads: one transaction, in `_commit`, is enough.
             self._in_force.plan(offer)
-            self._set("preparing", None, offer)
+            await self._pass_gate(offer, "go")
+            reach("updater.preparing")
             token = await self._in_force.prepare(offer, {})
         reach("updater.prepared")
-        await self._commit(offer, token)
+        await self._put(offer, token)
 
-    async def _commit(self, offer: Offer, token: object) -> None:
-        """The point of no return: newer offers and `close` wait until it is passed."""
+    async def _bring(self, offer: Offer, planned: Sequence[str], *, resumed: bool) -> None:
+        """Floor and candidate on the disk, every planned file in the store."""
+        work = self._packages.require(offer.document.digests)
+        sizes = await within(self._clock, self._deadline("verifying"), "verifying", work)
+        if self._progress.state == "verifying":
+            await asyncio.to_thread(self._disk.accept, offer.verified, offer.envelope)
+            reach("updater.floor")
+            await self._enter("listed", None, offer)
+        fetching = self._fetch(planned, sizes)
+        await within(self._clock, self._deadline("fetching"), "fetching", fetching)
+
+    async def _fetch(self, planned: Sequence[str], sizes: Mapping[str, int]) -> None:
+        for digest in planned:
+            await self._fetcher.fetch(digest, sizes[digest])
+
+    async def _put(self, offer: Offer, token: object) -> None:
+        """Commit as soon as nothing is in the way; whoever takes its place meanwhile finds nothing left of it."""
+        taken = False
+        try:
+            while not taken:
+                await self._pass_gate(offer)
+                async with self._point_of_no_return:
+                    if self._obstacle(offer) is None:
+                        taken = await self._commit(offer, token)
+        except BaseException:
+            if not taken:
+                await asyncio.shield(self._in_force.discard(token))
+            raise
+
+    async def _commit(self, offer: Offer, token: object) -> bool:
+        """The point of no return: newer offers and `close` wait until it is passed, at most for its deadline."""
+        await self._enter("commit", None, offer)
+        reach("updater.committing")
+        await asyncio.to_thread(self._disk.activate, offer.verified, offer.envelope)
+        reach("updater.recorded")
+        await self._in_force.put(offer, token)
+        reach("updater.committed")
+        await self._in_force.judge()
+        return True
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Return when no commit is under way: a hold that was there before is heeded from here on."""
         async with self._point_of_no_return:
-            self._set("committing", None, offer)
-            try:
-                await asyncio.to_thread(self._disk.activate, offer.verified, offer.envelope)
-            except StoreFailed:
-                await self._in_force.discard(token)
-                raise
-            reach("updater.recorded")
-            await self._in_force.put(offer, token)
-            reach("updater.committed")
-            await self._in_force.judge()
+            return
 
-    # --- reporting ----------------------------------------------------------------------------------------------
+    def _obstacle(self, offer: Offer) -> Obstacle | None:
+        if self._gate is None:
+            return None
+        held = self._progress.held
+        if self._held_since is not None:
+            held += self._clock.monotonic() - self._held_since
+        return self._gate.obstacle(offer.document.revision, held)
 
-    def _set(self, state: str, error: str | None = None, offer: Offer | None = None) -> None:
-        """Enter a state and report it. An impossible step is a mistake of ours: said loudly, never fatal."""
-        if offer is not None and self._running not in (None, offer):
-            # What happens to the version in force must not hide how far the next one has got.
-            state, error, offer = self._report.state, self._report.error, None
-        old, active = self._report, self._in_force.current
-        if state != old.state and state not in STATES[old.state]:
-            log.error("the %s updater went from %s to %s", self.kind, old.state, state)
-        self._report = DocumentReport(
-            revision=max(old.revision, offer.document.revision if offer is not None else 0),
-            applied=0 if active is None else active.document.revision,
-            state=state,
-            digest="" if active is None else active.verified.digest,
-            error=None if error is None else error[:MAX_ERROR_TEXT],
-            at=old.at if state == old.state else self._clock.wall(),
+    async def _pass_gate(self, offer: Offer, event: str | None = None) -> None:
+        """Wait until nothing is in the way; then take the step `event`, if one is given and it is not taken yet."""
+        try:
+            while (obstacle := self._obstacle(offer)) is not None:
+                assert self._gate is not None
+                self._count_hold(obstacle.event == "hold")
+                await self._enter(obstacle.event, None, offer, detail=obstacle.reason)
+                reach("updater.waiting")
+                await self._gate.changed(obstacle.seconds)
+        finally:
+            self._count_hold(False)
+        if event is not None and not (event == "go" and self._progress.state == "preparing"):
+            await self._enter(event, None, offer)
+
+    def _count_hold(self, holding: bool) -> None:
+        now = self._clock.monotonic()
+        if self._held_since is not None:
+            self._progress = replace(self._progress, held=self._progress.held + now - self._held_since)
+        self._held_since = now if holding else None
+
+    def _deadline(self, state: str) -> float:
+        return self._settings().deadlines.get(state, DEADLINES[state])
+
+    def _probation(self) -> Probation:
+        return self._fixed_probation or Probation(seconds=self._settings().probation_seconds)
+
+    # --- the table, the disk and the report -----------------------------------------------------------------------
+
+    async def _heard(self, event: str, error: str | None, offer: Offer, detail: str | None) -> None:
+        """A step of the version in force: of the newest document, or else only the report is refreshed."""
+        if offer.verified.digest == self._progress.digest:
+            await self._enter(event, error, offer, detail=detail)
+        else:
+            # It must not hide how far the next one has got.
+            self._say()
+
+    async def _enter(
+        self, event: str, error: str | None = None, offer: Offer | None = None, *, detail: str | None = None
+    ) -> None:
+        """Take one step of the table: on the disk, then here, then in the report. Raises ImpossibleStep, StoreFailed."""
+        old = self._progress
+        state = step(old.state, event)
+        if (state, error, detail) == (old.state, old.error, old.detail) and event in ("hold", "window", "started"):
+            self._say()
+            return
+        digest, revision = (
+            (old.digest, old.revision) if offer is None else (offer.verified.digest, offer.document.revision)
         )
-        self._on_report(self.kind, self._report)
+        same = digest == old.digest
+        new = Progress(
+            state,
+            revision,
+            digest,
+            old.since if same and state == old.state else self._clock.wall(),
+            (old.attempts if same else 0) + (event == "failed"),
+            old.held if same else 0.0,
+            None if error is None else error[:MAX_ERROR_TEXT],
+            None if detail is None else detail[:MAX_ERROR_TEXT],
+        )
+        await self._record(new)
+        self._progress, self._aside = new, None
+        self._seen = max(self._seen, revision)
+        self._say()
+
+    async def _record(self, progress: Progress) -> None:
+        """A disk that refuses stops what would begin; what is over is over."""
+        writing = asyncio.ensure_future(asyncio.to_thread(self._disk.record, self.kind, self.scope, progress))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # A write that comes late would overwrite what whoever takes our place has written.
+            await asyncio.wait({writing})
+            raise
+        except StoreFailed as error:
+            if progress.state in ("verifying", "fetching", "preparing", "committing"):
+                raise
+            log.warning("state %s of %s could not be recorded: %s", progress.state, self.kind, error)
+
+    async def _mistake(self, error: Exception) -> None:
+        """Never raises: what calls it is the last resort."""
+        try:
+            await self._enter("failed", f"error: {error}")
+        except Exception:
+            log.exception("the %s updater could not even say that it failed", self.kind)
+
+    def _say(self) -> None:
+        self._on_report(self.kind, self.report)

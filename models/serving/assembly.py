@@ -115,7 +115,7 @@ class Serving:
 
 
 @asynccontextmanager
-async def caching(listening: Listening, local: Local, repository: Repository) -> AsyncIterator[Cache]:
+async def caching(listening: Listening, local: Predictor, repository: Repository) -> AsyncIterator[Cache]:
     """`local` with a result cache for the models whose settings ask for one."""
     second: SecondLevel | None = None
     async with AsyncExitStack() as stack:
@@ -147,8 +147,10 @@ async def serving(
     ready: Callable[[], bool],
     control: ModelControl | None = None,
     extra: Mapping[str, Handler] | None = None,
+    watch: Callable[[Registry], None] | None = None,
 ) -> AsyncIterator[Serving]:
-    """Open the ports; leaving the block drains and closes them. `node`: a name for traces.
+    """Open the ports; leaving the block drains and closes them. `node`: a name for traces. `watch` adds metrics of what the
+    data plane does not know.
 
     Raises InvalidAccess, or OSError naming the file or port.
     """
@@ -160,6 +162,8 @@ async def serving(
         meter = Meter(guard, registry, repository, tier=tier, tracer=tracer)
         plane = DataPlane(meter, repository, ready=ready, access=access, control=control, statistics=meter)
         _watch(registry, guard, cache, repository, local, predictor)
+        if watch is not None:
+            watch(registry)
         jobs = await _jobs(listening, plane, guard, stack)
         sockets = _sockets(listening, plane, jobs, registry)
         routes = _routes(plane, jobs, sockets, extra)

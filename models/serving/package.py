@@ -12,7 +12,7 @@ from models.contract import Golden, bind, check_golden, load_golden
 from models.desired import Assignment
 from models.engines import EngineOptions, get_engine
 from models.errors import ContractBreach, NotReady, PackageError
-from models.manifest import MAX_MANIFEST_BYTES, Manifest, Variant, choose_variant, decode_manifest
+from models.manifest import MAX_MANIFEST_BYTES, Contract, Manifest, Variant, choose_variant, decode_manifest
 from models.serving.loaded import Identity, Loaded, first_row
 from models.serving.probe import ProbeLimits, ProbeRequest
 from models.serving.verdicts import Verdicts
@@ -38,6 +38,10 @@ class PackageLoader:
             return await asyncio.to_thread(self._open, identity_of(assignment, variant), manifest, variant, *paths)
         except PackageError as error:
             raise type(error)(f"{where}: {error}") from error
+
+    async def contract(self, assignment: Assignment, blobs: Mapping[str, Path]) -> Contract:
+        """What the package promises. Raises PackageError."""
+        return (await asyncio.to_thread(_read_manifest, assignment, blobs)).contract
 
     async def _probe(self, manifest: Manifest, variant: Variant, path: Path, golden: Path) -> None:
         request = ProbeRequest(str(path), str(golden), variant, manifest, self._options, self._limits)

@@ -52,3 +52,6 @@ class PolicyBook:
     def verdict(self) -> str:
         """A policy that decoded is in force at once; its effect on quality is judged by the hub, over many nodes."""
         return "good"
+
+    def settled(self) -> None:
+        """Nothing was kept for the probation."""

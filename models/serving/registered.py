@@ -16,11 +16,12 @@ class Registered:
 
     `loaded`: None while it is not in memory. `cost`: bytes. `loaded_at`: monotonic seconds; `load_seconds`: what its last
     loading took. `problem`: why it could not be loaded again, and not before `retry_at`. `gone`: served no more.
+    `latency_ms`: what its contract promises, None = nothing.
     """
 
     __slots__ = (
         "_inline_elements", "_opener", "attempts", "batching", "confidence", "cost", "gone", "identity", "inputs",
-        "load_seconds", "loaded", "loaded_at", "name", "outputs", "problem", "retry_at",
+        "latency_ms", "load_seconds", "loaded", "loaded_at", "name", "outputs", "problem", "retry_at",
     )  # fmt: skip
 
     def __init__(self, name: str, loaded: Loaded, *, opener: Opener | None = None, cost: int = 0) -> None:
@@ -39,6 +40,7 @@ class Registered:
         self.retry_at = 0.0
         self.attempts = 0
         self.gone = False
+        self.latency_ms: float | None = None
         self._opener = opener
         self._inline_elements = loaded.inline_elements
 

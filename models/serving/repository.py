@@ -26,6 +26,7 @@ from models.serving.memory import give_back
 from models.serving.model_settings import ModelSettings
 from models.serving.package import PackageLoader, identity_of
 from models.serving.probe import ProbeLimits
+from models.serving.quality_watch import QualityWatch, Serving
 from models.serving.registered import Registered
 from models.serving.residency import Residency
 from models.serving.verdicts import Verdicts
@@ -72,9 +73,12 @@ class Repository:
         verdicts: Path | None = None,
         limits: ProbeLimits | None = None,
         memory_budget: int | None = None,
+        quality: QualityWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`engines`: None = those installed. `verdicts`: folder where probes' verdicts are kept, None = nowhere.
+
+        `quality`: judges by live traffic what desired documents bring; what they replace then stays loaded until `settled`.
 
         `memory_budget`: bytes that versions which may be evicted can cost together, None = no bound.
         """
@@ -84,6 +88,8 @@ class Repository:
         )
         self._table: Mapping[str, Entry] = {}
         self._watched: list[tuple[str, Loaded]] = []
+        self._quality = quality
+        self._replaced: dict[str, Registered] = {}
         self._settled = False
         self._clock = clock
         self._watchers: list[Callable[[str], None]] = []
@@ -200,7 +206,7 @@ class Repository:
         served has changed.
         """
         desired = decode_desired(body)
-        known = {each.identity: each for each in _all(self._table)}
+        known = {each.identity: each for each in (*self._replaced.values(), *_all(self._table))}
         prepared = Prepared()
         try:
             for name in sorted(desired.models):
@@ -209,6 +215,8 @@ class Repository:
                 if identity not in known:
                     known[identity] = Registered(name, await self._loader.load(name, assignment, blobs))
                     prepared.fresh.append(known[identity])
+                    if self._quality is not None:
+                        known[identity].latency_ms = (await self._loader.contract(assignment, blobs)).latency_ms
                 prepared.table[name] = Entry(known[identity], {assignment.version: known[identity]})
         except BaseException:
             await self.discard(prepared)
@@ -224,6 +232,7 @@ class Repository:
         if any(each.gone for each in _all(prepared.table)):
             raise NotReady("the models served have changed since this was prepared: prepare it again")
         self._judge(prepared.table)
+        self._keep_replaced(prepared.table)
         self._swap(prepared.table)
         prepared.fresh.clear()
 
@@ -259,21 +268,40 @@ class Repository:
     def verdict(self) -> str:
         """`good`, `undecided` or `bad: reason`, from the traffic that what the last commit changed has seen since.
 
-        Bad: a model failed or answered NaN at least 5 times and in more than 20 % of its answers. Good: 20 answers in
-        all, and 20 clean ones in a row from any model that ever failed.
+        Bad: a model failed or answered NaN at least 5 times and in more than 20 % of its answers, or broke a rule of
+        `models.serving.quality`. Good: 20 answers in all, and 20 clean ones in a row from any model that ever failed.
         """
         for name, loaded in self._watched:
             if loaded.is_bad:
                 counts = f"{loaded.failures} of {loaded.answers}"
                 return f"bad: model '{name}' ({loaded.identity}) failed or was not finite in {counts} answers"
+        if self._quality is not None and (fault := self._quality.fault()) is not None:
+            return f"bad: {fault}"
         if any(loaded.failures and loaded.clean < CLEAN_ANSWERS for _, loaded in self._watched):
             return "undecided"
+        if self._quality is not None and self._watched:
+            return self._quality.standing(shadowing=bool(self._replaced))
         answers = sum(loaded.answers for _, loaded in self._watched)
         return "good" if answers >= CLEAN_ANSWERS or not self._watched else "undecided"
+
+    def settled(self) -> None:
+        """The probation is over: close what was kept to be compared with and to go back to."""
+        served, replaced = set(_all(self._table)), self._replaced
+        self._replaced = {}
+        for registered in set(replaced.values()) - served:
+            self.residency.drop(registered)
+
+    def replaced(self, model: str) -> Loaded | None:
+        """The version that answered before, while it is kept."""
+        registered = self._replaced.get(model)
+        return registered.loaded if registered is not None else None
 
     async def close(self) -> None:
         """Stop serving: wait for runs under way, at most 10 s, and release the sessions."""
         await self.residency.close()
+        self.settled()
+        if self._quality is not None:
+            self._quality.save()
         self._swap({})
         self._settled = False
         if self._draining:
@@ -299,10 +327,32 @@ class Repository:
         changed = ((name, entry.default) for name, entry in table.items() if entry.default not in before)
         self._watched = [(name, each.loaded) for name, each in changed if each.loaded is not None]
 
+    def _keep_replaced(self, table: Mapping[str, Entry]) -> None:
+        """Before the swap: what newcomers replace stays; what was kept until now and is not served goes."""
+        if self._quality is None:
+            return
+        before, served, kept = self._table, set(_all(table)), self._replaced
+        new = {name for name, entry in table.items() if entry.default not in set(_all(before))}
+        keep = self._quality.rules.shadow
+        self._replaced = {name: before[name].default for name in new if keep and name in before}
+        for registered in set(kept.values()) - served - set(self._replaced.values()):
+            self.residency.drop(registered)
+        self._quality.begin(
+            {
+                name: Serving(
+                    entry.default.identity.package,
+                    entry.default.identity.version,
+                    name in new,
+                    entry.default.latency_ms,
+                )
+                for name, entry in table.items()
+            }
+        )
+
     def _swap(self, table: Mapping[str, Entry]) -> None:
         old, self._table = self._table, table
         self._settled = True
-        kept = set(_all(table))
+        kept = set(_all(table)) | set(self._replaced.values())
         for registered in set(_all(old)) - kept:
             self.residency.drop(registered)
         for name in old.keys() | table.keys():

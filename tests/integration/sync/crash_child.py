@@ -19,7 +19,8 @@ from sync.fetch import Fetcher, Source
 from sync.packages import Packages
 from sync.state import StateStore
 from sync.store import BlobStore
-from sync.trust import decode_keyring, digest_of
+from sync.testing import FakeRepository
+from sync.trust import Keyring, digest_of
 from sync.updater import Updater
 
 
@@ -49,6 +50,9 @@ class FileActivator:
     def verdict(self) -> str:
         return "good"
 
+    def settled(self) -> None:
+        """Nothing was kept."""
+
 
 def settled(updater: Updater) -> bool:
     """Done, or waiting for a source to come right."""
@@ -60,7 +64,9 @@ def settled(updater: Updater) -> bool:
 
 async def main(folder: Path, url: str, envelope: bytes | None) -> None:
     state, store, clock = StateStore(folder / "state.db"), BlobStore(folder), SystemClock()
-    keyring = decode_keyring((folder / "keyring.json").read_bytes())
+    repository = FakeRepository(Keyring(()), clock.wall())
+    repository.files = msgspec.json.decode((folder / "files.json").read_bytes(), type=dict[str, int])
+    repository.keyring = (folder / "keyring.json").read_bytes()
     limits = Limits(connect_seconds=0.5, read_seconds=0.5, budget_seconds=1)
     fetcher = Fetcher([Source(url)], store, clock=clock, limits=limits)
     activator = FileActivator(folder)
@@ -70,9 +76,8 @@ async def main(folder: Path, url: str, envelope: bytes | None) -> None:
         activator,
         state=state,
         store=store,
-        packages=Packages(fetcher, state, keyring, clock),
+        packages=Packages(fetcher, state, b"root", clock, folder / "tuf", client=repository),
         fetcher=fetcher,
-        keyring=keyring,
         clock=clock,
         capabilities={},
         on_report=lambda kind, report: None,

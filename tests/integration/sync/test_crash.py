@@ -22,7 +22,8 @@ from sync.trust import Keyring, SigningKey, digest_of, encode_keyring, sign
 
 CHILD = Path(__file__).with_name("crash_child.py")
 ROOT = Path(__file__).parents[3]
-SIGNER, CATALOGUER = SigningKey.from_bytes(b"\1" * 32), SigningKey.from_bytes(b"\2" * 32)
+SIGNER = SigningKey.from_bytes(b"\1" * 32)
+RING = encode_keyring(Keyring((SIGNER.key("desired"),)))
 FILES = {digest_of(data): data for data in (b"version one" * 10_000, b"version two" * 10_000)}
 ONE, TWO = (f'["{digest}"]' for digest in FILES)
 NOWHERE = "http://127.0.0.1:9"
@@ -35,19 +36,11 @@ def document(kind: str, scope: str, revision: int, body: str, digests: tuple[str
 
 
 class Site(BaseHTTPRequestHandler):
-    """The hub's files and catalogue."""
-
-    catalog = document(
-        "catalog",
-        "hub",
-        1,
-        msgspec.json.encode({"files": {digest: len(data) for digest, data in FILES.items()}}).decode(),
-        (),
-        CATALOGUER,
-    )
+    """The hub's files and keyring; the metadata is played by `crash_child.py`."""
 
     def do_GET(self) -> None:
-        data = self.catalog if self.path == "/catalog" else FILES[self.path.removeprefix("/blobs/")]
+        digest = self.path.removeprefix("/blobs/")
+        data = b"{}" if self.path.startswith("/tuf/") else RING if digest == digest_of(RING) else FILES[digest]
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -76,8 +69,8 @@ def run(folder: Path, url: str, envelope: str | None = None, failpoints: str = "
 def installed(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node on which version one is in force, and the envelopes of both versions."""
     folder = tmp_path_factory.mktemp("node")
-    ring = Keyring((SIGNER.key("desired"), CATALOGUER.key("catalog")))
-    (folder / "keyring.json").write_bytes(encode_keyring(ring))
+    (folder / "keyring.json").write_bytes(RING)
+    (folder / "files.json").write_bytes(msgspec.json.encode({digest: len(data) for digest, data in FILES.items()}))
     for revision, body in ((1, ONE), (2, TWO)):
         envelope = document("desired", "node:acme.edge-1", revision, body, tuple(msgspec.json.decode(body)), SIGNER)
         (folder / f"v{revision}").write_bytes(envelope)

@@ -11,18 +11,20 @@ import msgspec
 import pytest
 
 from sync.errors import DigestMismatch, Unavailable
-from sync.fetch import Fetcher
+from sync.fetch import Fetcher, Source
+from sync.gate import Gate
+from sync.holds import Holds
 from sync.messages import Document, DocumentReport
 from sync.packages import REFRESH_GAP, Packages
-from sync.state import StateStore
+from sync.settings import Settings
+from sync.state import Approval, StateStore
 from sync.store import BlobStore
-from sync.testing import FakeActivator, FakeClock
-from sync.trust import Keyring, SigningKey, sign
+from sync.testing import FakeActivator, FakeClock, FakeRepository
+from sync.trust import Keyring, SigningKey, encode_keyring, sign
 from sync.updater import Probation, Updater
 
 SIGNER = SigningKey.from_bytes(b"\1" * 32)
-CATALOGUER = SigningKey.from_bytes(b"\2" * 32)
-RING = Keyring((SIGNER.key("desired", "policy"), CATALOGUER.key("catalog")))
+RING = Keyring((SIGNER.key("desired", "policy"),))
 
 
 def digest_of(data: bytes) -> str:
@@ -30,12 +32,12 @@ def digest_of(data: bytes) -> str:
 
 
 class FakeFetcher(Fetcher):
-    """Serves files and a catalogue from memory; `down` makes every source unreachable, `gate` holds a transfer up."""
+    """Serves files and the keyring from memory; `down` makes every source unreachable, `gate` holds a transfer up."""
 
     def __init__(self, store: BlobStore, clock: FakeClock) -> None:
         super().__init__([], store, clock=clock)
         self.files: dict[str, bytes] = {}
-        self.catalog: list[bytes] = []
+        self.keyring = encode_keyring(RING)
         self.down = False
         self.gate: asyncio.Event | None = None
         self.asked: list[str] = []
@@ -55,11 +57,15 @@ class FakeFetcher(Fetcher):
         staged.write_bytes(data)
         return self._store.publish(digest, staged)
 
-    async def document(self, path: str, *, enough: Callable[[bytes], bool] = bool) -> bytes:
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source("http://fake"),)
+
+    async def get(self, source: Source, path: str, limit: int) -> bytes:
         self.asked.append(path)
-        if self.down or not self.catalog:
+        if self.down:
             raise Unavailable("the sources are down")
-        return next((item for item in self.catalog if enough(item)), self.catalog[-1])
+        return self.keyring if path.startswith("/blobs/") else b"{}"
 
 
 class Node:
@@ -70,14 +76,24 @@ class Node:
         self.clock = FakeClock()
         self.reports: list[DocumentReport] = []
         self.revision = 0
+        self.settings = Settings()
+        self.repository = FakeRepository(RING, self.clock.wall(), lifetime=1e9)
         self._build()
 
     def _build(self) -> None:
         self.state = StateStore(self.folder / "state.db")
         self.store = BlobStore(self.folder)
         self.fetcher = FakeFetcher(self.store, self.clock)
-        self.packages = Packages(self.fetcher, self.state, RING, self.clock)
+        if self.state.approval() is None:
+            ring = encode_keyring(RING)
+            self.state.approve(Approval(self.clock.wall() + 1e9, self.clock.wall(), digest_of(ring), ring))
+        self.packages = Packages(
+            self.fetcher, self.state, b"root", self.clock, self.folder / "tuf", client=self.repository
+        )
         self.activator = FakeActivator()
+        self.holds = Holds(self.clock, lambda: self.settings.max_hold_seconds, self.state)
+        self.holds.restore()
+        self.gate = Gate(self.holds, lambda: self.settings, self.clock)
         self.updater = Updater(
             self.kind,
             self.scope,
@@ -86,11 +102,12 @@ class Node:
             store=self.store,
             packages=self.packages,
             fetcher=self.fetcher,
-            keyring=RING,
             clock=self.clock,
             capabilities={"engines": ["onnx"]},
             on_report=lambda kind, report: self.reports.append(report),
             probation=Probation(seconds=30, poll=1),
+            settings=lambda: self.settings,
+            gate=self.gate if self.kind == "desired" else None,
         )
 
     def document(self, body: bytes, digests: Sequence[str] = (), revision: int | None = None, **more: object) -> bytes:
@@ -102,21 +119,17 @@ class Node:
         return sign(document, [SIGNER])
 
     def package(self, body: bytes, **more: object) -> bytes:
-        """A document with one file, listed in the catalogue and ready at the source. Its body names what must load."""
-        self.clock.advance(REFRESH_GAP)  # so that the catalogue may be asked for again
+        """A document with one file, approved and ready at the source. Its body names what must load."""
+        self.clock.advance(REFRESH_GAP)  # so that the repository may be asked again
         data = b"file of " + body
         self.fetcher.files[digest_of(data)] = data
         self.list_files({digest_of(item): len(item) for item in self.fetcher.files.values()})
         self.activator.wanted = (digest_of(data),)
         return self.document(body, [digest_of(data)], **more)  # type: ignore[arg-type]
 
-    def list_files(self, files: Mapping[str, int], revision: int | None = None, **more: object) -> None:
-        body = msgspec.Raw(msgspec.json.encode({"files": files}))
-        number = revision or self.state.floor("catalog", "hub").revision + 1 + len(self.fetcher.catalog)
-        fields = {"issued": self.clock.wall(), **more}
-        document = Document("catalog", "hub", number, digests=(), body=body, **fields)  # type: ignore[arg-type]
-        self.fetcher.catalog.append(sign(document, [CATALOGUER]))
-        self.fetcher.catalog = self.fetcher.catalog[-1:]
+    def list_files(self, files: Mapping[str, int]) -> None:
+        self.repository.files = dict(files)
+        self.repository.issued = self.clock.wall()
 
     async def restart(self, *, crash: bool = False) -> None:
         wanted = self.activator.wanted
@@ -151,9 +164,13 @@ class Node:
             while not ready():
                 await asyncio.sleep(0)
 
+    def is_retrying(self) -> bool:
+        """Whether an update failed and waits for its next try."""
+        return self.updater.report.state == "failed" and self.clock.sleepers > 0
+
     async def pass_time(self) -> None:
-        """Until something waits for time to pass; then let enough of it pass for every retry."""
-        await self.when(lambda: self.clock.sleepers > 0)
+        """Until an update waits for its next try; then let enough time pass for it."""
+        await self.when(self.is_retrying)
         self.clock.advance(100)
 
     async def watched(self) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import msgspec
 import pytest
 
 from sync.activation import MAX_STARTS, MAX_UNLUCKY
-from sync.errors import StoreFailed
-from sync.messages import Document
-from sync.trust import SigningKey, sign
+from sync.errors import BadSignature, Malformed, Replayed, StoreFailed, SyncError
 from sync.updater import STATES
 
 
@@ -121,59 +118,40 @@ async def test_a_flood_of_garbage_does_not_push_a_good_document_out(node) -> Non
     assert node.updater.report.applied == 1
 
 
-async def test_a_file_the_catalogue_does_not_list_is_never_fetched(node) -> None:
+async def test_a_file_that_is_not_approved_is_never_fetched(node) -> None:
     await node.updater.start()
     envelope = node.package(b'"v1"')
     node.list_files({})
     node.updater.offer(envelope)
     report = await node.until("failed")
     assert report.error.startswith("not_listed: ")
-    assert node.fetcher.asked == ["/catalog"]
+    assert not [path for path in node.fetcher.asked if path.startswith("sha256:")]
     assert node.state.floor(node.kind, node.scope).revision == 0
 
 
-async def test_a_refused_document_is_taken_once_its_files_are_listed(node) -> None:
+async def test_a_refused_document_is_taken_once_its_files_are_approved(node) -> None:
     await node.updater.start()
     envelope = node.package(b'"v1"')
-    catalog = node.fetcher.catalog[0]
-    node.fetcher.catalog = []
-    node.list_files({}, revision=1)
+    files = dict(node.repository.files)
+    node.list_files({})
     node.updater.offer(envelope)
     await node.until("failed")
-    node.fetcher.catalog = [catalog]
-    node.list_files({item: len(data) for item, data in node.fetcher.files.items()}, revision=3)
+    node.list_files(files)
     await node.pass_time()
     assert (await node.until("applied")).applied == 1
 
 
-FORGED = SigningKey.from_bytes(b"\3" * 32)
-
-
-def _forged(node) -> bytes:
-    document = Document("catalog", "hub", 9, node.clock.wall(), (), msgspec.Raw(b'{"files":{}}'))
-    return sign(document, [FORGED])
-
-
-BAD_CATALOGUES = {
-    "malformed": lambda node, old: b"garbage",
-    "bad_signature": lambda node, old: _forged(node),
-    "replayed": lambda node, old: old,
-}
-
-
-@pytest.mark.parametrize("code", BAD_CATALOGUES)
-async def test_a_bad_catalogue_delays_an_update_and_never_ends_it(node, code: str) -> None:
+@pytest.mark.parametrize("error", [Malformed("garbage"), BadSignature("forged"), Replayed("old")])
+async def test_bad_metadata_delays_an_update_and_never_ends_it(node, error: SyncError) -> None:
     await node.updater.start()
-    node.list_files({}, revision=1)
-    old = node.fetcher.catalog[0]
     await apply(node, node.package(b'"v1"'))
-    envelope, good = node.package(b'"v2"'), node.fetcher.catalog
-    node.fetcher.catalog = [BAD_CATALOGUES[code](node, old)]
+    envelope = node.package(b'"v2"')
+    node.repository.failure = error
     node.updater.offer(envelope)
     report = await node.until("failed")
-    assert report.error.startswith(f"{code}: ")
-    assert (report.applied, node.updater.refusals[code]) == (1, 1)
-    node.fetcher.catalog = good
+    assert report.error.startswith(f"{error.code}: ")
+    assert (report.applied, node.updater.refusals[error.code]) == (1, 1)
+    node.repository.failure = None
     await node.pass_time()
     assert (await node.until("applied")).applied == 2
 
@@ -304,7 +282,7 @@ async def test_bad_luck_without_end_is_the_versions_own_fault(node) -> None:
     node.activator.refuse[b'"v1"'] = OutOfMemory("not now")
     node.updater.offer(node.package(b'"v1"'))
     for attempt in range(1, MAX_UNLUCKY):
-        await node.when(lambda attempt=attempt: len(node.activator.prepared) == attempt and node.clock.sleepers > 0)
+        await node.when(lambda attempt=attempt: len(node.activator.prepared) == attempt and node.is_retrying())
         node.clock.advance(100)
     assert (await node.until("refused")).error == "rejected: not now"
     assert len(node.activator.prepared) == MAX_UNLUCKY
@@ -328,15 +306,11 @@ async def test_an_unreachable_source_is_tried_again_until_it_answers(node) -> No
     envelope = node.package(b'"v1"')
     node.fetcher.down = True
     node.updater.offer(envelope)
-    for _ in range(4):
-        await node.until("failed")
-        await node.when(lambda: node.clock.sleepers > 0)
+    for attempts in range(1, 5):
+        await node.when(lambda n=attempts: node.is_retrying() and node.updater.report.attempts == n)
         assert node.updater.report.error.startswith("unavailable: ")
+        node.fetcher.down = attempts < 4
         node.clock.advance(100)
-        await node.settle()
-    node.fetcher.down = False
-    await node.when(lambda: node.clock.sleepers > 0)
-    node.clock.advance(100)
     await node.until("applied")
     assert node.activator.active == b'"v1"'
 
@@ -350,7 +324,7 @@ async def test_a_newer_document_takes_the_place_of_one_under_way(node) -> None:
     second = node.package(b'"v2"')
     node.updater.offer(second)
     await node.when(
-        lambda: len([item for item in node.fetcher.asked if item != "/catalog"]) == 2 or node.clock.sleepers > 0
+        lambda: len([item for item in node.fetcher.asked if item.startswith("sha256:")]) == 2 or node.clock.sleepers > 0
     )
     node.clock.advance(1)
     await node.settle()
@@ -503,11 +477,11 @@ async def test_a_candidate_that_kills_the_process_while_it_loads_is_given_up(nod
     node.fetcher.gate = asyncio.Event()
     node.updater.offer(envelope)
     await node.until("fetching")
-    files, catalog = node.fetcher.files, node.fetcher.catalog
+    files = node.fetcher.files
     await node.restart(crash=True)
     for _ in range(3):
         node.state.begin_start(node.kind, node.scope, "candidate")
-    node.fetcher.files, node.fetcher.catalog = files, catalog
+    node.fetcher.files = files
     await node.updater.start()
     report = await node.until("refused")
     assert "3 times" in report.error
@@ -578,7 +552,7 @@ async def test_every_step_taken_in_these_tests_is_in_the_table(node, caplog: pyt
     with caplog.at_level(logging.ERROR, logger="sync.updater"):
         await test_a_bad_verdict_rolls_back_and_the_version_is_never_taken_again(node)
     assert caplog.records == []
-    assert set(STATES) == {state for allowed in STATES.values() for state in allowed} | {"idle"}
+    assert set(STATES) == {state for row in STATES.values() for state in row.values()} | {"idle"}
 
 
 async def test_needed_names_every_file_of_a_stored_document(node) -> None:

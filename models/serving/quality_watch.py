@@ -1,0 +1,133 @@
+"""Live traffic of every model, kept as counts, and the verdict on versions that are new. Belongs to the event loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from models.errors import InvalidRequest
+from models.serving.quality import BASELINE_ANSWERS, Record, Rules, fault, read_rules
+
+log = logging.getLogger("tierline.quality")
+
+MAX_RECORDS = 3
+"""Versions remembered per model: the one in force, the one before, and one that was tried and taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A version that another one made room for. `old`: record of that one. `latency_ms`: what its contract promises."""
+
+    record: Record
+    old: Record | None
+    latency_ms: float | None
+
+
+class Serving(NamedTuple):
+    """`is_new`: to be judged. `latency_ms`: 95th percentile that its contract promises."""
+
+    package: str
+    version: str
+    is_new: bool
+    latency_ms: float | None
+
+
+class QualityWatch:
+    """`path`: file in which counts outlive the process, None = they do not."""
+
+    def __init__(self, path: Path | None = None, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self.live: dict[str, Record] = {}
+        """Model -> what is counted of the version in force."""
+        self.newcomers: dict[str, Newcomer] = {}
+        self.can_compare = False
+        """Whether somebody asks the previous version at all: set by who does, when it found something to compare."""
+        self._path = path
+        self._known = _read(path)
+
+    def configure(self, given: Mapping[str, Any]) -> None:
+        """Other rules from settings; those that make no sense change nothing."""
+        try:
+            self.rules = read_rules(given)
+        except InvalidRequest as error:
+            log.warning("the old quality rules stay: %s", error)
+
+    def begin(self, serving: Mapping[str, Serving]) -> None:
+        """Model -> what answers from now on."""
+        self.newcomers = {}
+        self.live = {}
+        self.can_compare = False
+        for model, (package, version, is_new, latency_ms) in serving.items():
+            key = f"{package}/{version}"
+            records = self._known.setdefault(model, [])
+            old = next((each for each in reversed(records) if each.key != key and not each.bad), None)
+            record = next((each for each in records if each.key == key), None)
+            if record is not None:
+                records.remove(record)
+            if record is None or record.bad:
+                record = Record(package, version)
+            records.append(record)
+            del records[:-MAX_RECORDS]
+            self.live[model] = record
+            if is_new:
+                self.newcomers[model] = Newcomer(record, old, latency_ms)
+        self._known = {model: records for model, records in self._known.items() if model in serving}
+        self.save()
+
+    def fault(self) -> str | None:
+        """What is wrong with a newcomer; from then on it is nothing to compare others with."""
+        for model, newcomer in self.newcomers.items():
+            found = fault(newcomer.record, newcomer.old, self.rules, newcomer.latency_ms)
+            if found is not None:
+                newcomer.record.bad = True
+                return f"model '{model}' ({newcomer.record.key}): {found}"
+        return None
+
+    def standing(self, *, shadowing: bool) -> str:
+        """`undecided`, `good so far` or `good`, and what it rests on. `shadowing`: the previous version can still be asked."""
+        rules = self.rules
+        seen = sum(newcomer.record.answers for newcomer in self.newcomers.values())
+        compared = sum(newcomer.record.compared for newcomer in self.newcomers.values())
+        if seen < rules.answers:
+            return f"undecided: {seen} of {rules.answers} answers"
+        if shadowing and rules.shadow and compared < rules.shadow_answers and self.can_compare:
+            return f"undecided: {compared} of {rules.shadow_answers} answers compared with the previous version"
+        if seen < rules.watch_answers:
+            return f"good so far: {seen} answers, {compared} compared with the previous version"
+        return "good"
+
+    def save(self) -> None:
+        """A disk that refuses costs the comparison after a restart, nothing else."""
+        for record in self.live.values():
+            if record.answers > BASELINE_ANSWERS:
+                record.age()
+        if self._path is None:
+            return
+        staged = self._path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_bytes(msgspec.json.encode(self._known))
+            staged.replace(self._path)
+        except OSError as error:
+            log.warning("what traffic said of the versions could not be kept: %s", error)
+
+
+def _read(path: Path | None) -> dict[str, list[Record]]:
+    if path is None:
+        return {}
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=dict[str, list[Record]])
+    except (OSError, msgspec.MsgspecError):
+        return {}  # absent, torn, or of another release: counting starts anew
+    blank = Record("", "")
+    shape = (len(blank.latency), len(blank.confidence))
+    return {
+        model: [each for each in records if (len(each.latency), len(each.confidence)) == shape]
+        for model, records in known.items()
+    }

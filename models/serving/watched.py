@@ -1,0 +1,183 @@
+"""Counts what a predictor answers, and asks the previous version about a few of the same inputs, off the request path."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from models.contract import is_finite
+from models.errors import DeadlineExceeded, EngineFailure
+from models.serving.loaded import Loaded
+from models.serving.predictor import InferRequest, InferResponse, Predictor
+from models.serving.quality import Record
+from models.serving.quality_watch import QualityWatch
+from models.tensor import Array
+
+LOOK_EVERY = 8
+"""Of a newcomer's answers, one in this many is looked through for NaN: a large output takes longer than all else here."""
+SHADOW_NICE = 15
+"""Behind everything that serves, which runs at 0 to 5."""
+
+
+class Watched:
+    """`Predictor` around `here`. `previous(model)`: the version that a newcomer replaced, while it is still loaded.
+
+    Costs a dictionary lookup and two histogram updates per answer; more only while a version is new.
+    """
+
+    def __init__(
+        self,
+        here: Predictor,
+        quality: QualityWatch,
+        previous: Callable[[str], Loaded | None],
+        *,
+        busy: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._here = here
+        self._quality = quality
+        self._shadow = Shadow(previous, busy, clock)
+        self._clock = clock
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """As the predictor inside."""
+        try:
+            answer = await self._here.infer(request)
+        except (EngineFailure, DeadlineExceeded) as error:
+            self._failed(request, error)
+            raise
+        record = self._quality.live.get(answer.model)
+        if record is not None and record.version == answer.version and record.package == answer.package:
+            record.add(answer.timings["compute"], answer.confidence)
+            if self._quality.newcomers:
+                self._look(record, request, answer)
+        return answer
+
+    async def close(self) -> None:
+        """Begin no more comparisons; the one under way keeps its session open until it is over."""
+        self._shadow.close()
+
+    def _failed(self, request: InferRequest, error: Exception) -> None:
+        record = self._quality.live.get(request.model)
+        if record is None or request.version not in (None, record.version):
+            return
+        if isinstance(error, EngineFailure):
+            record.errors += 1
+        else:
+            record.late += 1
+
+    def _look(self, record: Record, request: InferRequest, answer: InferResponse) -> None:
+        newcomer = self._quality.newcomers.get(answer.model)
+        if newcomer is None or newcomer.record is not record:
+            return
+        # A confidence of exactly 0 is what scores that are not finite are read as.
+        if record.answers % LOOK_EVERY == 1 or answer.confidence == 0.0:
+            record.looked += 1
+            if not _all_finite(answer.outputs) and _all_finite(request.inputs):
+                record.not_finite += 1
+        rules = self._quality.rules
+        if rules.shadow and record.compared < rules.shadow_answers:
+            self._quality.can_compare |= self._shadow.offer(record, request, answer, rules.shadow_share)
+
+
+class Shadow:
+    """One comparison at a time, in a thread behind all others, as long as it takes no more than its share of one core."""
+
+    def __init__(
+        self, previous: Callable[[str], Loaded | None], busy: Callable[[], bool], clock: Callable[[], float]
+    ) -> None:
+        self._previous = previous
+        self._busy = busy
+        self._clock = clock
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way = False
+        self._closed = False
+        self._due = 0.0
+
+    def offer(self, record: Record, request: InferRequest, answer: InferResponse, share: float) -> bool:
+        """Compare this answer, unless one is being compared, it is too early, or others wait for a thread. Whether it is."""
+        now = self._clock()
+        if self._under_way or self._closed or now < self._due or self._busy():
+            return False
+        previous = self._previous(answer.model)
+        # A session that takes one run at a time may still be answering what it began with.
+        if previous is None or previous.in_flight or previous.retired:
+            return False
+        names = comparable(previous, answer.outputs)
+        if not names:
+            return False
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="tierline-shadow", initializer=_give_way)
+        self._under_way = True
+        previous.acquire()
+        previous.in_threads += 1
+        work = asyncio.get_running_loop().run_in_executor(
+            self._thread, _differs, previous, request.inputs, names, answer.outputs
+        )
+        work.add_done_callback(lambda done: self._done(done, previous, record, now, share))
+        return True
+
+    def close(self) -> None:
+        self._closed = True
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _done(
+        self, work: asyncio.Future[bool | None], previous: Loaded, record: Record, began: float, share: float
+    ) -> None:
+        self._under_way = False
+        now = self._clock()
+        self._due = now + (now - began) / share
+        previous.in_threads -= 1
+        previous.release()
+        differs = None if work.cancelled() or work.exception() is not None else work.result()
+        if differs is not None:
+            record.compared += 1
+            record.differed += differs
+
+
+def comparable(previous: Loaded, outputs: Mapping[str, Array]) -> list[str]:
+    """Outputs that mean the same in any version: the classes behind the confidence, and labels (integers, text, truth).
+
+    Other numbers may differ because the new version is better: they are not judged.
+    """
+    rule = previous.confidence
+    names = [name for name in previous.output_names if name in outputs]
+    return [name for name in names if outputs[name].dtype.kind in "iubO" or (rule is not None and rule.output == name)]
+
+
+def _differs(
+    previous: Loaded, inputs: Mapping[str, Array], names: list[str], outputs: Mapping[str, Array]
+) -> bool | None:
+    """In the shadow's thread: whether the previous version says something else; None when it cannot say."""
+    try:
+        before = previous.session.run(inputs, names)
+    except Exception:  # noqa: BLE001 - inputs that only the new version takes, or a session that is closing
+        return None
+    return any(not _agree(outputs[name], array) for name, array in zip(names, before, strict=True))
+
+
+def _agree(new: Array, old: Array) -> bool:
+    if new.dtype.kind == "f" and old.dtype.kind == "f":
+        if not new.shape or not old.shape or not new.size or not old.size:
+            return True
+        return bool(np.array_equal(new.argmax(axis=-1), old.argmax(axis=-1)))
+    return bool(np.array_equal(new, old))
+
+
+def _all_finite(arrays: Mapping[str, Array]) -> bool:
+    return all(is_finite(array) for array in arrays.values())
+
+
+def _give_way() -> None:
+    try:
+        # On Linux a thread has a nice value of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SHADOW_NICE)
+    except OSError:
+        pass  # a system that does not allow it runs it as an equal, within its share
