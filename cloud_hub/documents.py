@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cloud_hub.keys import HubKeys
+from cloud_hub.keys import DOCUMENT_KINDS, HubKeys
 from cloud_hub.records import Issued, Records
 from cloud_hub.rollout import Deployment, Node, PackageRef, Standing, desired_models
 from models.desired import Assignment, Desired, assignment_of, decode_desired, digests_of, encode_desired
@@ -18,7 +18,8 @@ from models.errors import InvalidRequest, NotFound, TooLarge
 from models.manifest import Blob, decode_manifest
 from sync.clock import Clock
 from sync.errors import Replayed
-from sync.messages import MAX_DOCUMENT_BYTES, MAX_MESSAGE_BYTES, Document, Envelope, decode
+from sync.messages import MAX_MESSAGE_BYTES, Document, Envelope, decode
+from sync.topics import tenant_of
 from sync.trust import MAX_REVISION, digest_of, sign
 
 MAX_REVISION_JUMP = 1_000_000
@@ -33,6 +34,12 @@ def tenant_scope(tenant: str) -> str:
     return f"tenant:{tenant}"
 
 
+class _Origin(msgspec.Struct, frozen=True):
+    """`of`: whose settings a body holds, `tenant` or `node`; nodes ignore the field."""
+
+    of: str = "tenant"
+
+
 class Documents:
     def __init__(self, keys: HubKeys, clock: Clock) -> None:
         self._keys = keys
@@ -42,11 +49,12 @@ class Documents:
         """The routing policy of a tenant. Raises TooLarge when it does not fit a message."""
         return self._issue(records, "policy", tenant_scope(tenant), body, ())[0]
 
-    def catalog(self, records: Records) -> Issued:
-        """The catalogue of every approved file."""
-        files = records.approved_files()
-        body = msgspec.json.encode({"files": files}, order="sorted")
-        return self._issue(records, "catalog", "hub", body, ())[0]
+    def under_new_key(self, records: Records) -> None:
+        """Sign what stands under an older key again, so that the older key can be withdrawn."""
+        for kind in DOCUMENT_KINDS:
+            for old in records.documents(kind):
+                if old.kid != self._keys.signer(kind).kid:
+                    self.again(records, kind, old.scope)
 
     def desired(self, records: Records, nodes: Sequence[Node]) -> list[Issued]:
         """Bring the desired document of each node up to date; the ones that changed.
@@ -62,6 +70,26 @@ class Documents:
             if issued is not None and changed:
                 found.append(issued)
         return found
+
+    def settings(self, records: Records, nodes: Sequence[Node]) -> list[Issued]:
+        """Bring the settings of each node up to date: its own, else its tenant's; the ones that changed."""
+        found = []
+        for node in nodes:
+            own = records.document("settings", node_scope(node.id))
+            if own is not None and msgspec.json.decode(own.body, type=_Origin).of == "node":
+                continue
+            tenant = records.document("settings", tenant_scope(tenant_of(node.id)))
+            if tenant is not None:
+                issued, changed = self._issue(records, "settings", node_scope(node.id), tenant.body, ())
+                if changed:
+                    found.append(issued)
+        return found
+
+    def set_settings(self, records: Records, scope: str, given: Mapping[str, object]) -> Issued:
+        """What a tenant's nodes, or one node, are told about updating. Raises TooLarge."""
+        what, _, _ = scope.partition(":")
+        body = msgspec.json.encode({**given, "of": what}, order="sorted")
+        return self._issue(records, "settings", scope, body, ())[0]
 
     def again(self, records: Records, kind: str, scope: str) -> Issued:
         """The same statement under a fresh revision, when a report burnt its old one."""
@@ -101,7 +129,7 @@ class Documents:
         now = self._clock.wall()
         document = Document(kind, scope, revision, now, digests, msgspec.Raw(body))
         envelope = sign(document, (signer,))
-        limit = MAX_DOCUMENT_BYTES if kind == "catalog" else MAX_MESSAGE_BYTES
+        limit = MAX_MESSAGE_BYTES
         if len(envelope) > limit:
             raise TooLarge(
                 f"{kind} for {scope} takes {len(envelope)} bytes signed, at most {limit} travel in one message"

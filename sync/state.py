@@ -10,17 +10,20 @@ Floors and condemned versions are also kept in memory: what the event loop asks 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 from sync.errors import StoreFailed
+from sync.schema import check_database, stamp_database
 from sync.trust import Verified
+from sync.tuf_messages import Mark
 
 BUSY_SECONDS = 5.0
 """How long to wait for another process that has the file open, such as a diagnostic tool."""
+SCHEMA = 1
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS floors (
@@ -33,8 +36,21 @@ CREATE TABLE IF NOT EXISTS slots (
 CREATE TABLE IF NOT EXISTS condemned (
     kind TEXT, scope TEXT, digest TEXT NOT NULL, reason TEXT NOT NULL,
     PRIMARY KEY (kind, scope)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tuf (
+    role TEXT PRIMARY KEY, version INTEGER NOT NULL, keys TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS approved (
+    id INTEGER PRIMARY KEY CHECK (id = 1), expires REAL NOT NULL, refreshed REAL NOT NULL, digest TEXT NOT NULL,
+    keyring BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS time_floor (id INTEGER PRIMARY KEY CHECK (id = 1), seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS progress (
+    kind TEXT, scope TEXT, state TEXT NOT NULL, revision INTEGER NOT NULL, digest TEXT NOT NULL, since REAL NOT NULL,
+    attempts INTEGER NOT NULL, held REAL NOT NULL, error TEXT, detail TEXT,
+    PRIMARY KEY (kind, scope)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS holds (id TEXT PRIMARY KEY, reason TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
 """
+
+
+_RAISE_TIME = "INSERT INTO time_floor VALUES (1, ?) ON CONFLICT DO UPDATE SET seconds = max(seconds, excluded.seconds)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,34 @@ class Slots:
     proved: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the newest verified document has got; `digest` names it.
+
+    `state`: of `sync.states`. `since`: Unix seconds. `attempts`: that failed so far. `held`: seconds that holds have delayed
+    it. `error`: why it is not in force; `detail`: what it waits for, or what its verdict rests on.
+    """
+
+    state: str
+    revision: int = 0
+    digest: str = ""
+    since: float = 0.0
+    attempts: int = 0
+    held: float = 0.0
+    error: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """The keyring last verified and until when it counts: `expires`, `refreshed` in Unix seconds. `digest`: of `keyring`."""
+
+    expires: float
+    refreshed: float
+    digest: str
+    keyring: bytes
+
+
 class StateStore:
     """One file. Safe to call from any thread, one at a time. Raises StoreFailed when the disk or the file refuses."""
 
@@ -73,6 +117,12 @@ class StateStore:
                 (kind, scope): (str(digest), str(reason))
                 for kind, scope, digest, reason in self._db.execute("SELECT kind, scope, digest, reason FROM condemned")
             }
+            self._tuf = {
+                role: (Mark(version, keys), bytes(data))
+                for role, version, keys, data in self._db.execute("SELECT role, version, keys, data FROM tuf")
+            }
+            query = "SELECT expires, refreshed, digest, keyring FROM approved"
+            self._approval = next((Approval(*row) for row in self._db.execute(query)), None)
             row = self._db.execute("SELECT seconds FROM time_floor").fetchone()
             self._time_floor = float(row[0]) if row else 0.0
 
@@ -98,13 +148,49 @@ class StateStore:
         return self._condemned.get((kind, scope), ("", ""))
 
     def time_floor(self) -> float:
-        """The latest signed time seen, Unix seconds: a clock below it is wrong.
+        """The latest time known to have passed, Unix seconds: a clock below it is wrong.
 
-        Signed times only: one wild reading of the local clock must not expire every document from then on.
+        Signed times, and readings of the clock that fresh signed metadata vouched for: one wild reading alone must not expire
+        every document from then on.
         """
         return self._time_floor
 
+    def tuf_floors(self) -> dict[str, Mark]:
+        """By role of the update repository: the highest version verified, and under which keys."""
+        return {role: mark for role, (mark, _) in self._tuf.items()}
+
+    def tuf_kept(self) -> dict[str, bytes]:
+        """By role: the last verified metadata, for a cache that lost it."""
+        return {role: data for role, (_, data) in self._tuf.items() if data}
+
+    def approval(self) -> Approval | None:
+        return self._approval
+
     # --- changing -----------------------------------------------------------------------------------------------
+
+    def raise_tuf(self, marks: Mapping[str, Mark], kept: Mapping[str, bytes], seen: float) -> None:
+        """Remember verified metadata. A floor falls only when other keys vouch for the role; `seen` raises the time floor."""
+        raised = {role: (mark, kept.get(role, b"")) for role, mark in marks.items() if self._rises(role, mark)}
+        if raised == {role: self._tuf.get(role) for role in raised} and seen <= self._time_floor:
+            return
+        with self._transaction() as db:
+            for role, (mark, data) in raised.items():
+                db.execute("INSERT OR REPLACE INTO tuf VALUES (?, ?, ?, ?)", (role, mark.version, mark.keys, data))
+            db.execute(_RAISE_TIME, (seen,))
+        with self._lock:
+            self._tuf.update(raised)
+            self._time_floor = max(self._time_floor, seen)
+
+    def _rises(self, role: str, mark: Mark) -> bool:
+        known = self._tuf.get(role)
+        return known is None or known[0].keys != mark.keys or mark.version >= known[0].version
+
+    def approve(self, approval: Approval) -> None:
+        """Replace the keyring and its expiry."""
+        values = (approval.expires, approval.refreshed, approval.digest, approval.keyring)
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO approved VALUES (1, ?, ?, ?, ?)", values)
+        self._approval = approval
 
     def accept(self, verified: Verified, envelope: bytes) -> None:
         """Raise the floor and store the candidate, before anything is done about it."""
@@ -172,6 +258,40 @@ class StateStore:
                 _move(db, name, "active", "candidate")
             _move(db, name, "previous", "active")
 
+    # --- progress and holds ---------------------------------------------------------------------------------------
+
+    def progress(self, kind: str, scope: str) -> Progress | None:
+        """What was last recorded; None on a node that never took a document of this kind."""
+        query = (
+            "SELECT state, revision, digest, since, attempts, held, error, detail FROM progress"
+            " WHERE kind = ? AND scope = ?"
+        )
+        with self._lock, self._disk():
+            row = self._db.execute(query, (kind, scope)).fetchone()
+        return None if row is None else Progress(*row)
+
+    def record(self, kind: str, scope: str, progress: Progress) -> None:
+        """On the disk when this returns: what is entered afterwards is what a restart finds."""
+        row = (progress.state, progress.revision, progress.digest, progress.since, progress.attempts, progress.held)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (kind, scope, *row, progress.error, progress.detail),
+            )
+
+    def holds(self) -> list[tuple[str, str, float]]:
+        """(id, reason, until in Unix seconds) of the holds that outlive the process."""
+        with self._lock, self._disk():
+            return list(self._db.execute("SELECT id, reason, until FROM holds ORDER BY until"))
+
+    def keep_hold(self, name: str, reason: str, until: float) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO holds VALUES (?, ?, ?)", (name, reason, until))
+
+    def forget_hold(self, name: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM holds WHERE id = ?", (name,))
+
     # --- plumbing -----------------------------------------------------------------------------------------------
 
     def _remember(self, verified: Verified) -> None:
@@ -219,8 +339,10 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
     try:
         db.execute(f"PRAGMA {mode}")
+        found = check_database(db, str(path), SCHEMA)
         db.execute("PRAGMA synchronous=FULL")
         db.executescript(_SCHEMA)
+        stamp_database(db, found, SCHEMA)
     except BaseException:
         db.close()
         raise
@@ -234,10 +356,7 @@ def _raise_floor(db: sqlite3.Connection, verified: Verified) -> None:
         " SET revision = excluded.revision, digest = excluded.digest WHERE excluded.revision > revision",
         (document.kind, document.scope, document.revision, verified.digest),
     )
-    db.execute(
-        "INSERT INTO time_floor VALUES (1, ?) ON CONFLICT DO UPDATE SET seconds = max(seconds, excluded.seconds)",
-        (document.issued,),
-    )
+    db.execute(_RAISE_TIME, (document.issued,))
 
 
 def _put(db: sqlite3.Connection, verified: Verified, slot: str, envelope: bytes) -> None:

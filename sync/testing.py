@@ -10,7 +10,13 @@ from types import TracebackType
 from typing import Self
 
 from sync.channel import Message, Will
+from sync.chaos.hub import HubSimulator as HubSimulator  # noqa: PLC0414 - part of this module for its users
+from sync.chaos.hub import simulated_hub as simulated_hub  # noqa: PLC0414
+from sync.errors import Expired, SyncError
 from sync.outgoing import Outgoing, Packet
+from sync.state import Approval, StateStore
+from sync.trust import Keyring, digest_of, encode_keyring
+from sync.tuf_messages import Answer, Ask, Listed, Mark
 
 
 class FakeClock:
@@ -148,6 +154,9 @@ class MemoryLink:
         if self._connected:
             callback()
 
+    def fleet(self, size: int) -> None:
+        """Nothing reconnects by itself here."""
+
     def subscribe(self, *filters: str) -> None:
         for pattern in filters:
             if pattern not in self._filters:
@@ -186,6 +195,55 @@ class MemoryLink:
             self._broker.publish(packet.topic, packet.payload, retain=packet.retain)
 
 
+class FakeRepository:
+    """Meets `sync.packages.Client`: an update repository without metadata. What it says is taken as verified.
+
+    `files`: approved, digest -> size. `keyring`: of the documents. `expires`, `issued`: Unix seconds. `failure`: what every
+    question ends in when set. It fetches `timestamp.json`, so a source that is down is down here too.
+    """
+
+    def __init__(self, keyring: Keyring, now: float, lifetime: float = 86_400.0) -> None:
+        self.files: dict[str, int] = {}
+        self.keyring = encode_keyring(keyring)
+        self.version = 0
+        self.issued, self.expires = now, now + lifetime
+        self.failure: SyncError | None = None
+        self.asked: list[Ask] = []
+
+    def ask(self, ask: Ask, get: Callable[[str, int], bytes]) -> Answer:
+        self.asked.append(ask)
+        try:
+            get("timestamp.json", 16_384)
+        except SyncError as error:
+            return Answer(code=error.code, text=str(error))
+        if self.failure is not None:
+            return Answer(code=self.failure.code, text=str(self.failure))
+        if ask.now > self.expires:
+            return Answer(code=Expired.code, text="timestamp.json is expired")
+        self.version += 1
+        names = {f"sha256/{digest.removeprefix('sha256:')}": digest for digest in self.files}
+        found = {name: Listed(names[name], self.files[names[name]]) for name in ask.names if name in names}
+        found["keys/documents.json"] = Listed(digest_of(self.keyring), len(self.keyring))
+        marks = {role: Mark(self.version, "k") for role in ("timestamp", "snapshot")}
+        kept = {"timestamp": b"{}"}
+        return Answer(files=found, marks=marks, kept=kept, expires=self.expires, issued=self.issued)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+ROOT = b'{"signed":{"_type":"root"}}'
+"""Looks like root metadata to a node's configuration; a FakeRepository asks for no more."""
+
+
+def know(data: Path, keyring: Keyring, until: float) -> None:
+    """Make the node in the folder `data` one that has verified `keyring`, good until then (Unix seconds)."""
+    data.mkdir(parents=True, exist_ok=True)
+    state, encoded = StateStore(data / "state.db"), encode_keyring(keyring)
+    state.approve(Approval(until, until - 86_400.0, digest_of(encoded), encoded))
+    state.close()
+
+
 class FakeActivator:
     """Meets `sync.updater.Activator`; remembers what it was asked and fails when told to.
 
@@ -202,6 +260,7 @@ class FakeActivator:
         self.refuse: dict[bytes, Exception] = {}
         self.gate: asyncio.Event | None = None
         self.judgement = "good"
+        self.settled_times = 0
 
     def plan(self, body: bytes, capabilities: Mapping[str, object]) -> Sequence[str]:
         return self.wanted
@@ -226,3 +285,6 @@ class FakeActivator:
 
     def verdict(self) -> str:
         return self.judgement
+
+    def settled(self) -> None:
+        self.settled_times += 1

@@ -45,7 +45,7 @@ def check_digest(digest: str) -> str:
     return digest
 
 
-class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Key(msgspec.Struct, frozen=True):
     """A pinned public key. `public`: 32 raw Ed25519 bytes (base64 in JSON). `kinds`: document kinds it may sign."""
 
     kid: str
@@ -53,7 +53,7 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kinds: tuple[str, ...]
 
 
-class Keyring(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Keyring(msgspec.Struct, frozen=True):
     """The keys a node believes."""
 
     keys: tuple[Key, ...]
@@ -162,6 +162,12 @@ def verify(
     if document.revision == floor and seen and verified.digest != seen:
         raise Replayed(f"revision {floor} was already accepted with other contents")
     return verified
+
+
+def signer_of(envelope: bytes, limit: int = MAX_MESSAGE_BYTES) -> str:
+    """The kid of the first signature, as claimed: which key to look for. Raises Malformed."""
+    sealed = decode(envelope, Envelope, limit)
+    return sealed.sigs[0].kid if sealed.sigs else ""
 
 
 def unseal(envelope: bytes, limit: int = MAX_MESSAGE_BYTES) -> Verified:

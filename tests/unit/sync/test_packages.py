@@ -1,4 +1,4 @@
-"""Only what a good catalogue lists is approved, and a node keeps the last one it saw."""
+"""Only what verified, unexpired metadata lists is approved; the keys of documents come from there too."""
 
 from __future__ import annotations
 
@@ -6,107 +6,160 @@ import asyncio
 
 import pytest
 
-from sync import packages
-from sync.errors import Malformed, NotListed, Refused, Unavailable
-from sync.packages import REFRESH_GAP, Packages
-from tests.unit.sync.conftest import RING
+from sync.errors import BadSignature, Expired, Malformed, NotListed, Refused, Unavailable
+from sync.packages import FRESH_SECONDS, RECHECK_SECONDS, REFRESH_BURST, REFRESH_GAP, UNKNOWN_KEY_GAP, Packages
+from sync.testing import FakeRepository
+from sync.trust import Keyring, SigningKey, encode_keyring
+from tests.unit.sync.conftest import RING, SIGNER
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+STRANGER = SigningKey.from_bytes(b"\7" * 32)
 
 
-async def test_sizes_come_from_the_catalogue_which_is_asked_for_once(node) -> None:
+def questions(node) -> int:
+    return len(node.repository.asked)
+
+
+async def burst(node) -> None:
+    """Use up the refreshes that may begin at once."""
+    for _ in range(REFRESH_BURST):
+        await node.packages.refresh()
+
+
+def again(node, client: FakeRepository | None = None) -> Packages:
+    """A new process on the same disk."""
+    return Packages(
+        node.fetcher, node.state, b"root", node.clock, node.folder / "tuf", client=client or node.repository
+    )
+
+
+async def test_sizes_come_from_the_repository_which_is_asked_for_once(node) -> None:
     node.list_files({A: 1, B: 2})
     assert await node.packages.require([A, B]) == {A: 1, B: 2}
     assert await node.packages.require([B]) == {B: 2}
-    assert node.fetcher.asked == ["/catalog"]
-    assert node.packages.envelope() == node.fetcher.catalog[0]
+    assert questions(node) == 1
 
 
-async def test_the_catalogue_survives_a_restart_without_network(node) -> None:
+async def test_what_was_listed_a_while_ago_is_asked_again_before_an_update(node) -> None:
+    node.list_files({A: 1})
+    await node.packages.require([A])
+    node.list_files({})
+    node.clock.advance(RECHECK_SECONDS)
+    with pytest.raises(NotListed):
+        await node.packages.require([A])
+
+
+async def test_without_network_what_was_listed_counts_until_it_expires(node) -> None:
+    node.list_files({A: 1})
+    node.repository.expires = node.clock.wall() + 1_000
+    await node.packages.require([A])
+    node.fetcher.down = True
+    node.clock.advance(RECHECK_SECONDS)
+    assert await node.packages.require([A]) == {A: 1}
+    node.clock.advance(1_000)
+    with pytest.raises(Expired):
+        await node.packages.require([A])
+
+
+async def test_after_a_restart_without_network_the_cached_metadata_answers(node) -> None:
     node.list_files({A: 1})
     await node.packages.require([A])
     node.fetcher.down = True
-    again = Packages(node.fetcher, node.state, RING, node.clock)
-    assert await again.require([A]) == {A: 1}
+    assert await again(node).require([A]) == {A: 1}
     with pytest.raises(Unavailable):
-        await again.require([B])
+        await again(node).require([B])
 
 
 async def test_an_unknown_digest_is_not_listed_and_refreshes_are_rate_limited(node) -> None:
     node.list_files({A: 1})
-    with pytest.raises(NotListed, match="sha256:bbb"):
-        await node.packages.require([B])
+    for _ in range(REFRESH_BURST):
+        with pytest.raises(NotListed, match="sha256:bbb"):
+            await node.packages.require([B])
     started = node.clock.monotonic()
     task = asyncio.create_task(node.packages.require([B]))
     await node.when(lambda: node.clock.sleepers == 1)
-    assert node.fetcher.asked == ["/catalog"]
+    assert questions(node) == REFRESH_BURST
     node.clock.advance(REFRESH_GAP)
     with pytest.raises(NotListed):
         await task
     assert node.clock.monotonic() - started == REFRESH_GAP
 
 
-async def test_an_older_catalogue_is_a_replay(node) -> None:
-    node.list_files({A: 1}, revision=5)
-    await node.packages.require([A])
-    node.clock.advance(REFRESH_GAP)
-    node.list_files({A: 1, B: 2}, revision=4)
-    with pytest.raises(Refused):
-        await node.packages.require([B])
-
-
-async def test_a_forged_or_stale_mirror_is_passed_over_for_a_source_that_lists_the_file(node) -> None:
-    node.list_files({A: 1}, revision=1)
-    stale = node.fetcher.catalog[0]
-    node.list_files({A: 1, B: 2}, revision=2)
-    node.fetcher.catalog = [b"forged", stale, *node.fetcher.catalog]
-    assert await node.packages.require([B]) == {B: 2}
-
-
-async def test_an_expired_catalogue_approves_nothing_new(node) -> None:
-    node.list_files({A: 1}, expires=node.clock.wall() + 1_000)
-    await node.packages.require([A])
-    node.clock.advance(2_000)
-    with pytest.raises(Refused):
-        await node.packages.require([A])
-
-
-@pytest.mark.parametrize("files", [{A: 0}, {A: 1 << 40}, {"nonsense": 1}])
-async def test_a_catalogue_that_makes_no_sense_is_refused(node, files: dict[str, int]) -> None:
-    node.list_files(files)
-    with pytest.raises(Malformed):
-        await node.packages.require([A])
-
-
-async def test_a_mirror_passes_on_a_fresh_catalogue_and_the_last_good_one_without_network(node) -> None:
-    with pytest.raises(Unavailable):
-        await node.packages.current()
-    node.clock.advance(REFRESH_GAP)
-    node.list_files({A: 1}, revision=1)
-    first = node.fetcher.catalog[0]
-    assert await node.packages.current() == first
-    node.clock.advance(REFRESH_GAP)
-    node.list_files({A: 1, B: 2}, revision=2)
-    assert await node.packages.current() == node.fetcher.catalog[0] != first
-    node.clock.advance(REFRESH_GAP)
-    node.fetcher.down = True
-    assert await node.packages.current() == node.fetcher.catalog[0]
-
-
-async def test_waiting_devices_share_one_refresh(node) -> None:
+async def test_expired_metadata_approves_nothing_and_raises_an_alarm_that_goes_by_itself(node, caplog) -> None:
     node.list_files({A: 1})
-    await node.packages.current()
-    node.clock.advance(REFRESH_GAP / 10)
-    waiting = [asyncio.create_task(node.packages.current()) for _ in range(10)]
-    await node.when(lambda: node.clock.sleepers == 1)
-    node.clock.advance(REFRESH_GAP)
-    await asyncio.gather(*waiting)
-    assert node.fetcher.asked == ["/catalog"] * 2
+    node.repository.expires = node.clock.wall() + 1_000
+    await node.packages.require([A])
+    assert node.packages.status().alarm == ""
+    node.clock.advance(2_000)
+    for _ in range(3):
+        with pytest.raises(Expired):
+            await node.packages.require([A])
+        node.clock.advance(REFRESH_GAP)
+    with pytest.raises(Expired):
+        await node.packages.keyring(SIGNER.kid)
+    assert node.packages.status().alarm.startswith("expired: ")
+    assert sum("nothing new is accepted" in record.message for record in caplog.records) == 1
+    node.repository.expires = node.clock.wall() + 1_000
+    node.clock.advance(UNKNOWN_KEY_GAP)
+    node.list_files({A: 1})
+    assert await node.packages.require([A]) == {A: 1}
+    assert node.packages.status().alarm == ""
+
+
+async def test_a_timestamp_that_stays_old_is_a_freeze_that_is_told(node) -> None:
+    await node.packages.refresh()
+    node.clock.advance(FRESH_SECONDS + 1)
+    assert node.packages.status().alarm.startswith("frozen: ")
+
+
+async def test_a_known_key_costs_no_question(node) -> None:
+    assert (await node.packages.keyring(SIGNER.kid)).find(SIGNER.kid) is not None
+    assert questions(node) == 0
+
+
+async def test_an_unknown_key_is_looked_up_once_and_then_not_for_a_while(node) -> None:
+    for _ in range(5):
+        assert (await node.packages.keyring(STRANGER.kid)).find(STRANGER.kid) is None
+    assert questions(node) == 1
+    node.clock.advance(UNKNOWN_KEY_GAP)
+    node.repository.keyring = node.fetcher.keyring = encode_keyring(Keyring((STRANGER.key("desired"),)))
+    ring = await node.packages.keyring(STRANGER.kid)
+    assert ring.find(STRANGER.kid) is not None
+    assert ring.find(SIGNER.kid) is None  # the old key was withdrawn by the same step
+    assert questions(node) == 2
+
+
+async def test_the_keyring_survives_a_restart_without_network(node) -> None:
+    node.repository.keyring = node.fetcher.keyring = encode_keyring(Keyring((STRANGER.key("desired"),)))
+    await node.packages.refresh()
+    node.fetcher.down = True
+    assert (await again(node).keyring(STRANGER.kid)).find(STRANGER.kid) is not None
+
+
+async def test_a_keyring_other_than_the_one_signed_for_is_refused(node) -> None:
+    node.repository.keyring = encode_keyring(Keyring((STRANGER.key("desired"),)))  # the source still has the other bytes
+    with pytest.raises(Refused):
+        await node.packages.refresh()
+    assert (await node.packages.keyring()).find(STRANGER.kid) is None
+
+
+async def test_the_refusal_of_the_only_source_is_told(node) -> None:
+    node.repository.failure = BadSignature("forged")
+    with pytest.raises(BadSignature, match="forged"):
+        await node.packages.require([A])
+
+
+async def test_a_clock_below_what_was_signed_is_not_trusted(node) -> None:
+    await node.packages.refresh()
+    node.clock.advance(-30 * 86_400)
+    node.clock.advance(0)
+    await node.packages.refresh()
+    assert node.repository.asked[-1].now == node.repository.issued
 
 
 async def test_waiting_calls_share_one_refresh_whatever_they_ask_for(node) -> None:
     node.list_files({A: 1})
-    await node.packages.require([A])
+    await burst(node)
     strangers = [asyncio.create_task(node.packages.require([f"sha256:{number:064x}"])) for number in range(20)]
     await node.when(lambda: node.clock.sleepers == 1)
     node.list_files({A: 1, B: 2})
@@ -117,12 +170,11 @@ async def test_waiting_calls_share_one_refresh_whatever_they_ask_for(node) -> No
         assert await own == {B: 2}
         refused = await asyncio.gather(*strangers, return_exceptions=True)
     assert {type(error) for error in refused} == {NotListed}
-    assert node.fetcher.asked == ["/catalog"] * 2
+    assert questions(node) == REFRESH_BURST + 1
 
 
 async def test_a_refresh_that_failed_is_shared_as_a_failure(node) -> None:
-    node.list_files({A: 1})
-    await node.packages.require([A])
+    await burst(node)
     node.fetcher.down = True
     waiting = [asyncio.create_task(node.packages.require([B])) for _ in range(3)]
     await node.when(lambda: node.clock.sleepers == 1)
@@ -131,8 +183,7 @@ async def test_a_refresh_that_failed_is_shared_as_a_failure(node) -> None:
 
 
 async def test_a_refresh_that_was_cancelled_answers_nobody(node) -> None:
-    node.list_files({A: 1})
-    await node.packages.require([A])
+    await burst(node)
     first = asyncio.create_task(node.packages.require([B]))
     await node.when(lambda: node.clock.sleepers == 1)
     node.list_files({A: 1, B: 2})
@@ -149,18 +200,9 @@ async def test_what_is_no_digest_is_refused_without_asking_anybody(node) -> None
     for text in ("garbage", "sha256:" + "A" * 64, ""):
         with pytest.raises(Malformed):
             await node.packages.require([text])
-    assert node.fetcher.asked == []
+    assert questions(node) == 0
 
 
-async def test_a_catalogue_is_verified_once_for_each_refresh(node, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bytes] = []
-    verify = packages.verify
-
-    def counting(envelope: bytes, *args: object, **options: object) -> object:
-        calls.append(envelope)
-        return verify(envelope, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(packages, "verify", counting)
-    node.list_files({A: 1})
-    await node.packages.require([A])
-    assert calls == node.fetcher.catalog
+async def test_the_first_keyring_of_a_node_is_fetched(node) -> None:
+    assert node.packages.status().fresh_until > 0
+    assert (await node.packages.keyring()) == RING
