@@ -20,15 +20,22 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "token": ("models.token_cli:token", "edge", "make keys, issue bearer tokens and look into them"),
     "broker": ("deploy.cli:broker", "hub", "run an MQTT broker on loopback that lets in whom the hub knows"),
     "hub": ("cloud_hub.cli:hub", "hub", "run the cloud hub"),
+    "keys": ("cloud_hub.keys_cli:keys", "hub", "make, rotate and withdraw the keys that nodes believe"),
     "worker": ("cloud_hub.worker:worker", "hub", "run a cloud worker"),
     "edge": ("edge_node.cli:edge", "edge", "run an edge node"),
+    "hold": ("edge_node.hold_cli:hold", "edge", "ask an edge node of this machine not to activate updates now"),
+    "release": ("edge_node.hold_cli:release", "edge", "end such a hold"),
+    "updates": ("edge_node.hold_cli:updates", "edge", "show how the updates of an edge node of this machine stand"),
     "device": ("device_agent.cli:device", "device", "run a device agent on standard input and output"),
     "publish": ("cloud_hub.cli:publish", "hub", "publish a package folder to the hub"),
     "packages": ("cloud_hub.cli:packages", "hub", "list published packages"),
+    "bundle": ("cloud_hub.bundle_cli:bundle", "edge", "carry updates in one file to nodes without a network"),
     "deploy": ("cloud_hub.cli:deploy", "hub", "say which nodes run which package"),
     "nodes": ("cloud_hub.cli:nodes", "hub", "list nodes: what they should run and what they do run"),
     "node-add": ("cloud_hub.cli:node_add", "hub", "make a node known and print its token"),
+    "ledger": ("cloud_hub.ledger_cli:ledger", "edge", "whether every event of a node has a known end"),
     "policy": ("cloud_hub.cli:policy", "hub", "show or set a tenant's routing policy"),
+    "chaos": ("sync.chaos.cli:chaos", "edge", "cut, slow, break or stop something on purpose, to see what happens"),
 }
 FOUNDATIONS = ("cloud_hub", "edge_node", "device_agent", "sync", "models", "deploy")
 
