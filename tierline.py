@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -55,11 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command in ("--version", "version"):
-        print(f"tierline {metadata.version('tierline')}")
+        from importlib.metadata import version
+
+        print(f"tierline {version('tierline')}")
         return 0
     if command not in COMMANDS:
         print(f"tierline: no command {command!r}{_nearest(command)}\n\n{_usage()}", file=sys.stderr)
         return 2
+    # numpy's OpenBLAS starts a thread for every core, and they spin: 80 ms of every start for products that nobody asks of it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return _load(command)(rest)
 
 

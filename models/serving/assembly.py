@@ -9,10 +9,12 @@ What is not configured is not imported.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +182,8 @@ async def serving(
         # Left before HTTP is: its drain does not wait for connections that have changed their protocol.
         stack.push_async_callback(sockets.close)
         addresses = {"http" if each.startswith("http") else "unix": each for each in server.urls}
-        # After HTTP: importing gRPC takes longer than all else.
+        # Once HTTP answers, and beside it: they take long to import, and a first answer needs neither.
+        await asyncio.to_thread(_prepare_the_rest, plane)
         if listening.grpc_port is not None:
             from models.serving.grpc.server import serve_grpc
 
@@ -198,6 +201,12 @@ async def serving(
             metrics = await stack.enter_async_context(serve_http(scraped, host=host, port=listening.metrics_port))
             addresses["metrics"] = f"{metrics.url}/metrics"
         yield Serving(server, plane, addresses)
+
+
+def _prepare_the_rest(plane: DataPlane) -> None:
+    """What takes long the first time, before anyone waits for it."""
+    import_module("models.serving.websocket.session")
+    _ = plane.version
 
 
 def _access(listening: Listening) -> CheckedAccess | None:

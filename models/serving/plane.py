@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from typing import Any
 
 from models.errors import Conflict, NotFound
@@ -59,10 +59,19 @@ class DataPlane:
         self.logs = logs or LogSettings()
         self.submit: Submit | None = None
         self.name = name
-        self.version = _version()
         self._index = index
         self._ready = ready
         self._statistics = statistics
+
+    @cached_property
+    def version(self) -> str:
+        """Of this distribution. Looked up when first asked for: it takes 20 ms, which a start need not."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("tierline")
+        except PackageNotFoundError:
+            return "0"
 
     def require(self, caller: Caller, model: str) -> None:
         """Raises NotFound for a model that `caller` may not know of, in the words used for one that does not exist."""
@@ -136,10 +145,3 @@ class DataPlane:
         if self.control is None:
             raise Conflict("what this node serves is decided by its hub: publish a deployment there")
         return self.control
-
-
-def _version() -> str:
-    try:
-        return version("tierline")
-    except PackageNotFoundError:
-        return "0"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -84,9 +84,19 @@ def _name(request: ProbeRequest) -> str:
 
 
 def _release(engine: str) -> str:
-    for module in ENGINES[engine].modules if engine in ENGINES else ():
-        try:
-            return version(module.replace("_", "-"))
-        except PackageNotFoundError:
-            continue
-    return ""
+    modules = ENGINES[engine].modules if engine in ENGINES else ()
+    for module in modules:
+        stated = getattr(sys.modules.get(module), "__version__", None)
+        if stated is not None:
+            return str(stated)
+    return next(filter(None, map(_installed, modules)), "")
+
+
+def _installed(module: str) -> str:
+    # Imported late: a start on known files, whose frameworks are there already, does not need it, and it takes 20 ms.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return ""

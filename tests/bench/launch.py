@@ -68,7 +68,7 @@ def started(
         process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
-            env={**os.environ, **(env or {})},
+            env={**_environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -79,6 +79,12 @@ def started(
             yield Running(process.pid, time.monotonic() - begun)
         finally:
             _stop(process)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but servers may keep what Python compiles: an installed one starts from compiled files, as those of
+    the others' packages are."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _wait(process: subprocess.Popen[bytes], ready: Callable[[], object], ends: float, log: IO[bytes]) -> None:

@@ -27,7 +27,8 @@ class Layout:
 
     def __init__(self, low: int, high: int, exported: Sequence[float]) -> None:
         powers = 2.0 ** (np.arange(low * SCALE, high * SCALE + 1) / SCALE)
-        self.edges: Values = np.unique(np.concatenate([powers, np.asarray(exported, np.float64)]))
+        # Not np.unique: it imports numpy.ma, which every start would wait for.
+        self.edges: Values = np.array(sorted({*powers.tolist(), *exported}), np.float64)
         self.exported = tuple(exported)
         self.positions = np.searchsorted(self.edges, self.exported)
 

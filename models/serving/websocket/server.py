@@ -6,15 +6,17 @@ import asyncio
 import http
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from models.errors import Forbidden, MethodNotAllowed, NotReady
 from models.serving.codec import Heads
 from models.serving.exchange import JSON, HttpRequest, HttpResponse, Upgrade, error_body, header_lines
 from models.serving.plane import DataPlane
-from models.serving.websocket.frames import handshake
 from models.serving.websocket.limits import WebSocketLimits
-from models.serving.websocket.session import Session
-from models.serving.websocket.subscriptions import JobFeed
+
+if TYPE_CHECKING:
+    from models.serving.websocket.session import Session
+    from models.serving.websocket.subscriptions import JobFeed
 
 SWEEP_SECONDS = 1.0
 
@@ -65,6 +67,10 @@ class WebSockets:
         caller = self.plane.access.identify(request.peer, authorization)
         if self._draining or len(self.sessions) >= self.limits.connections:
             raise NotReady("this server takes no more WebSocket sessions now")
+        # Imported by the first handshake, or beside serving: no other answer should wait for it.
+        from models.serving.websocket.frames import handshake
+        from models.serving.websocket.session import Session
+
         status, answer, reason = handshake(request.path, headers)
         if status != http.HTTPStatus.SWITCHING_PROTOCOLS:
             return HttpResponse(status, JSON + header_lines(answer), error_body(reason))
