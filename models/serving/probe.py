@@ -1,9 +1,9 @@
 """The first load of a file happens in a child process that may crash, hang or eat memory without harm to serving.
 
-The child (`probe_child`) gets JSON on standard input, bounds itself, loads the file, checks it against what its manifest
-promises, runs it, and answers one line of JSON. Half of a corpus of damaged ONNX files loads and runs without complaint, and
-native crashes are on record: hence a process, and hence the golden outputs. It is no sandbox: a file that takes the child over
-can read what this user may read, and answer for itself.
+The child (`probe_start`, `probe_child`) gets JSON on standard input, bounds itself, loads the file, checks it against what its
+manifest promises, runs it, and answers one line of JSON. Half of a corpus of damaged ONNX files loads and runs without
+complaint, and native crashes are on record: hence a process, and hence the golden outputs. It is no sandbox: a file that takes
+the child over can read what this user may read, and answer for itself.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ async def try_in_turn(requests: Sequence[ProbeRequest], patience: float) -> tupl
     """
     try:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "models.serving.probe_child",
+            sys.executable, "-P", "-m", "models.serving.probe_start",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
             env=environment(), limit=MAX_ANSWER_BYTES,
         )  # fmt: skip

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from models.serving.memory import keep_few_arenas
+
 log = logging.getLogger("tierline.process")
 
 MAX_PORT = 65_535
@@ -94,6 +96,7 @@ def run_until_stopped(start: Callable[[], AbstractAsyncContextManager[object]]) 
     """
     import uvloop
 
+    keep_few_arenas()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     before = set(threading.enumerate())
     stay = _Stay(start)

@@ -27,7 +27,7 @@ from onnx_writer import Node, Value, write_model
 from models.errors import TierlineError
 from models.serving.folder_control import FolderControl
 from models.serving.local import Local
-from models.serving.memory import resident_bytes
+from models.serving.memory import keep_few_arenas, resident_bytes
 from models.serving.predictor import InferRequest
 from models.serving.repository import TRIM_SECONDS, Repository
 
@@ -134,6 +134,7 @@ async def cycle(control: FolderControl, folder: Path, number: int) -> None:
 
 
 async def run(swaps: int, cycles: int) -> None:
+    keep_few_arenas()  # as every process that serves
     rows = [await measure("hot swaps", swaps, swap), await measure("load/unload cycles", cycles, cycle)]
     print(json.dumps({"load_average": os.getloadavg()[0], "rows": rows}))
     for row in rows:
