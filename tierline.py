@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tierline: no command {command!r}{_nearest(command)}\n\n{_usage()}", file=sys.stderr)
         return 2
-    # numpy's OpenBLAS starts a thread for every core, and they spin: 80 ms of every start for products that nobody asks of it.
+    # numpy's OpenBLAS starts a thread for every core, and they spin: 80 ms of processor time for nothing.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return _load(command)(rest)
 
