@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from models.errors import DeadlineExceeded, EngineFailure, NotReady, TierlineError
+from models.serving.cores import give_way, usable_cores
 from models.serving.loaded import Loaded
 from models.serving.queue import RunQueue
 from models.serving.ticket import Run, Ticket
@@ -26,8 +26,8 @@ log = logging.getLogger("tierline.engine")
 
 EXPRESS_SECONDS = 0.005
 """Longest run, by its estimate, that the extra thread takes."""
-NICE = 5
-"""Added to the nice value of threads that run long models."""
+COUNT_SECONDS = 0.1
+"""How often the cores are counted that this process may use: supervisors change that while it runs."""
 WAIT_SECONDS = 1.0
 """A thread looks up this often although nobody woke it."""
 STOP_SECONDS = 2.0
@@ -43,14 +43,21 @@ _Ended = tuple[list[Ticket], "Run | TierlineError | list[Run | TierlineError]"]
 
 
 class EnginePool:
-    """`threads` for runs of any length and one for short ones. `places`: runs that may wait; see `RunQueue`."""
+    """`threads` for runs of any length and one for short ones. `places`: runs that may wait; see `RunQueue`.
 
-    def __init__(self, threads: int, places: int, landed: Landed, clock: Callable[[], float] = time.monotonic) -> None:
-        self._queue = RunQueue(places, threads, lambda ticket: ticket.loaded.pace * ticket.rows)
+    `threads` None = one for each core that this process may use; when it may use fewer later on, as many long runs at once.
+    """
+
+    def __init__(
+        self, threads: int | None, places: int, landed: Landed, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._adapts = threads is None
+        self._threads = self._most_long = threads or usable_cores()
+        self._count_due = 0.0
+        self._queue = RunQueue(places, self._threads, lambda ticket: ticket.loaded.pace * ticket.rows)
         self._landed = landed
         self._clock = clock
         self._lock = threading.Lock()
-        self._threads = threads
         self._started = False
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,7 +83,11 @@ class EnginePool:
         with self._lock:
             if self._closed:
                 raise NotReady(STOPPING)
-            self._queue.admit(ticket, self._clock())
+            now = self._clock()
+            if self._adapts and now >= self._count_due:
+                self._count_due = now + COUNT_SECONDS
+                self._most_long = min(self._threads, usable_cores())
+            self._queue.admit(ticket, now)
             self._wake_one(_is_short(ticket))
         if self._watch is None and self._loop is not None:
             self._watch = self._loop.call_later(WAIT_SECONDS, self._look_after)
@@ -132,8 +143,7 @@ class EnginePool:
         thread.start()
 
     def _work(self, worker: _Worker) -> None:
-        if not worker.express:
-            _give_way()
+        give_way()
         ended: list[_Ended] = []
         while True:
             tickets = self._next(worker, ended)
@@ -185,12 +195,12 @@ class EnginePool:
             worker.over = True
             self._workers.remove(worker)
             self._lost -= 1
-        elif worker.express or first.loaded.serial:
-            # What waits may be more than this thread may take.
+        elif worker.express or first.loaded.serial or (self._most_long < self._threads and not _is_short(first)):
+            # What waits may be more than this thread may take, or than it will.
             self._wake_one(short=False)
 
     def _take(self, worker: _Worker) -> list[Ticket] | None:
-        ticket = self._queue.pop(_is_short if worker.express else _always)
+        ticket = self._queue.pop(_is_short if worker.express or self._has_enough_long() else _always)
         if ticket is None:
             return None
         tickets = [ticket]
@@ -198,6 +208,11 @@ class EnginePool:
             tickets += self._queue.also(ticket, ticket.loaded.batching.rows)
         worker.first, worker.running, worker.since, worker.stopped = ticket, ticket.loaded, self._clock(), False
         return tickets
+
+    def _has_enough_long(self) -> bool:
+        """Whether another long run would only take turns with those under way, and keep the event loop from its turn."""
+        running = (worker.first for worker in self._workers if not worker.lost)
+        return sum(first is not None and not _is_short(first) for first in running) >= self._most_long
 
     def _tell(self) -> None:
         assert self._loop is not None
@@ -245,11 +260,6 @@ class EnginePool:
             worker.replaced = True
             log.error("%s is stuck: it is refused from here on, its thread is replaced", loaded.identity)
             self._hire(express=worker.express)
-
-
-def usable_cores() -> int:
-    """More engine threads than these only take turns, and one that is not its turn may hold the interpreter meanwhile."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
@@ -336,11 +346,3 @@ def _always(ticket: Ticket) -> bool:
 
 def _is_short(ticket: Ticket) -> bool:
     return 0 < ticket.cost <= EXPRESS_SECONDS  # 0 = never measured
-
-
-def _give_way() -> None:
-    try:
-        # On Linux a thread has a nice value of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-    except OSError:
-        pass  # a system that does not allow it runs them as equals

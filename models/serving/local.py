@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from models.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotReady, TierlineError
 from models.manifest import confidence_of
 from models.serving.drive import Parked
-from models.serving.engine_pool import EnginePool, concatenated, usable_cores
+from models.serving.engine_pool import EnginePool, concatenated
 from models.serving.loaded import INLINE_SECONDS, MAX_RUN_SECONDS, Loaded
 from models.serving.loop_watch import LoopWatch
 from models.serving.predictor import InferRequest, InferResponse
@@ -58,7 +58,7 @@ class Local:
         self._resident = repository.resident
         self._tier = tier
         self._clock = clock
-        self.pool = EnginePool(threads or usable_cores(), max_waiting, self._landed, clock)
+        self.pool = EnginePool(threads, max_waiting, self._landed, clock)
         self._watch = LoopWatch(clock)
         self._turn = Turn(self._landed, clock, self._watch)
         self._under_way = 0

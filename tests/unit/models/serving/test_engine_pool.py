@@ -98,6 +98,36 @@ async def test_a_quick_model_passes_a_slow_one_that_holds_every_thread(repositor
     await asyncio.gather(*held)
 
 
+async def test_no_more_long_runs_at_once_than_cores_that_are_left(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = 2
+    monkeypatch.setattr(engine_pool, "usable_cores", lambda: cores)
+    monkeypatch.setattr(engine_pool, "COUNT_SECONDS", 0.0)
+    local = Local(repository, "edge")
+    slow, quick = FakeSession(), FakeSession()
+    first, second = loaded(slow), loaded(quick)
+    first.pace, second.pace = 1.0, 0.001
+    repository.install({"slow": {"1": first}, "quick": {"1": second}})
+    await ask(local, model="slow")
+    assert slow.started.acquire(timeout=0)
+
+    cores = 1
+    slow.gate.clear()
+    held = [ask(local, model="slow") for _ in range(3)]
+    await asyncio.to_thread(slow.started.acquire, timeout=WAIT_SECONDS)
+    await asyncio.wait_for(ask(local, model="quick"), 5)
+    assert slow.running == 1
+
+    cores = 2
+    held.append(ask(local, model="slow"))
+    assert await asyncio.to_thread(slow.started.acquire, timeout=WAIT_SECONDS)
+    assert slow.running == 2
+    slow.gate.set()
+    await asyncio.gather(*held)
+    await local.close()
+
+
 async def test_a_thread_outlives_what_nobody_expected(repository: Repository, local: Local) -> None:
     session = FakeSession()
     session.error = ZeroDivisionError("a bug")
