@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut strace stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut kills offline renewals metadata strace faketime stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
 
-test: $(VENV)/.test mosquitto redis  ## the whole suite, with the real broker and the real Redis
+test: $(VENV)/.test mosquitto redis faketime ## the whole suite, with the real broker and the real Redis
 	$(BIN)/pytest $(ARGS)
 
 check: $(VENV)/.test           ## formatting, lint, types, import contracts
@@ -44,6 +44,18 @@ fleet: $(VENV)/.test mosquitto    ## 1,000 simulated nodes coming back at once t
 powercut: $(VENV)/.test strace ## what a power cut may leave of a node's disk: every state must start
 	$(BIN)/python tests/proofs/powercut.py $(ARGS)
 
+kills: $(VENV)/.test mosquitto ## 1,000 kill -9 over broker, hub, edge and device while events flow (about 10 minutes)
+	$(BIN)/python tests/proofs/kills.py $(ARGS)
+
+offline: $(VENV)/.test mosquitto faketime ## 400 days without hub and broker, and back
+	$(BIN)/python tests/proofs/offline.py $(ARGS)
+
+renewals: $(VENV)/.test mosquitto ## certificates renewed again and again while a connection stands
+	$(BIN)/python tests/proofs/renewals.py $(ARGS)
+
+metadata: $(VENV)/.test        ## bytes and time of update metadata, 1,000 models
+	$(BIN)/python tests/proofs/metadata.py $(ARGS)
+
 stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
 	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'
 	build/stubs/bin/python -m grpc_tools.protoc -I models/serving/grpc --python_out=models/serving/grpc models/serving/grpc/inference.proto
@@ -71,6 +83,9 @@ mosquitto:
 
 redis:
 	@command -v redis-server valkey-server >/dev/null || $(MAKE) --no-print-directory package NAME=redis-server
+
+faketime:
+	@command -v faketime >/dev/null || $(MAKE) --no-print-directory package NAME=faketime
 
 strace:
 	@command -v strace >/dev/null || $(MAKE) --no-print-directory package NAME=strace

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 import urllib3
@@ -19,6 +19,7 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 """For one answer; an upload's answer comes after its last byte was flushed to the hub's disk."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+PIECE_BYTES = 256 * 1024
 MAX_FILES = 1_000
 """Files looked at in a package folder."""
 
@@ -30,13 +31,14 @@ class HubError(Exception):
 class HubClient:
     """Raises HubError for every answer that is not a success."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
+        """`ca`: PEM of whom an https hub is trusted by, None = the machine's own trust."""
         if not url.startswith(("http://", "https://")):
             raise HubError(f"--hub {url!r} is not http://host:port")
         self._url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {token}"}
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
-        self._pool = urllib3.PoolManager(timeout=timeout, retries=False)
+        self._pool = urllib3.PoolManager(timeout=timeout, retries=False, ca_certs=str(ca) if ca is not None else None)
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         return self._json("GET", path, fields=query)
@@ -66,6 +68,13 @@ class HubClient:
         with path.open("rb") as file:
             headers = {"content-type": "application/octet-stream", "content-length": str(path.stat().st_size)}
             self._json("PUT", f"/api/v1/blobs/{quote(digest)}", body=file, headers=headers)
+
+    def download(self, path: str, query: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+        """A large answer as it comes."""
+        with self._answer("GET", f"{path}?{urlencode(query)}") as answer:
+            if answer.status != 200:
+                raise HubError(_explain(self._url, answer.status, answer.read(MAX_ANSWER_BYTES)))
+            yield from answer.stream(PIECE_BYTES)
 
     def close(self) -> None:
         self._pool.clear()

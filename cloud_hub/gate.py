@@ -13,15 +13,19 @@ from typing import Any
 
 import msgspec
 
-from cloud_hub.auth import Principal, Tokens, roles_for
+from cloud_hub.auth import IDENTITY_PATHS, Principal, Tokens, roles_for
 from cloud_hub.errors import Forbidden
-from models.errors import InvalidRequest, TierlineError, TooLarge, Unauthenticated
+from models.errors import InvalidRequest, TierlineError, TooLarge, TryAgain, Unauthenticated
 from sync.errors import Refused, SyncError
 
 MAX_BODY_BYTES = 1024 * 1024
 """Largest body of anything but a blob: manifests and policies are a quarter of it at most."""
 BODY_SECONDS = 30.0
 """How long a body of that size may take to arrive, and how long a blob's next piece may."""
+MAX_OPEN_BODY_BYTES = 16 * 1024
+"""Largest body from somebody unknown: a certificate request and a token."""
+MAX_OPEN_CALLS = 64
+"""Such calls under way at once: each costs the hub a signature and a commit."""
 STREAMED = "/api/v1/blobs/"
 
 Scope = MutableMapping[str, Any]
@@ -39,15 +43,27 @@ class Gate:
     def __init__(self, application: Application, tokens: Tokens) -> None:
         self._application = application
         self._tokens = tokens
+        self._open_calls = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
+        stranger = scope["path"] in IDENTITY_PATHS
+        if stranger and self._open_calls >= MAX_OPEN_CALLS:
+            await refuse(send, TryAgain("too many nodes enrol or renew at this moment"))
+            return
+        self._open_calls += stranger
+        try:
+            await self._pass(scope, receive, send, MAX_OPEN_BODY_BYTES if stranger else MAX_BODY_BYTES)
+        finally:
+            self._open_calls -= stranger
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
         try:
             scope.setdefault("state", {})["principal"] = await self._admit(scope)
             if not scope["path"].startswith(STREAMED):
-                receive = _replay(await _read_body(receive), receive)
+                receive = _replay(await _read_body(receive, limit), receive)
         except TierlineError as error:
             await refuse(send, error)
             return
@@ -106,7 +122,7 @@ def _bearer(scope: Scope) -> str | None:
     return None
 
 
-async def _read_body(receive: Receive) -> list[Message]:
+async def _read_body(receive: Receive, limit: int) -> list[Message]:
     """The whole body as the events it came in. Raises TooLarge, or InvalidRequest when it is slow."""
     events: list[Message] = []
     size = 0
@@ -115,8 +131,8 @@ async def _read_body(receive: Receive) -> list[Message]:
             while not events or events[-1].get("more_body", False):
                 events.append(await receive())
                 size += len(events[-1].get("body", b""))
-                if size > MAX_BODY_BYTES:
-                    raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes")
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes")
     except TimeoutError as error:
         raise InvalidRequest(f"the body did not arrive within {BODY_SECONDS:g} s") from error
     return events

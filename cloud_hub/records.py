@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import CursorResult, delete, select, update
 from sqlalchemy.orm import Session
 
+from cloud_hub.event_records import EventRecords
+from cloud_hub.identity_records import IdentityRecords
 from cloud_hub.rollout import Deployment, Node, PackageRef, Standing
+from cloud_hub.software_records import SoftwareRecords
 from cloud_hub.tables import (
     CredentialRow,
     DeploymentModelRow,
@@ -84,6 +87,9 @@ class Observation(msgspec.Struct, frozen=True):
 class Records:
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.identities = IdentityRecords(session)
+        self.events = EventRecords(session)
+        self.software = SoftwareRecords(session)
 
     # --- credentials ---
 
@@ -119,10 +125,24 @@ class Records:
         )
         self._session.flush()
 
+    def unapprove(self, ref: PackageRef) -> None:
+        """Take the version's files off the list; those that another version names stay on it."""
+        self._session.execute(
+            delete(PackageFileRow).where(PackageFileRow.package == ref.package, PackageFileRow.version == ref.version)
+        )
+
+    def is_approved(self, ref: PackageRef) -> bool:
+        """Whether the version is published and was not withdrawn."""
+        query = select(PackageFileRow.digest).where(
+            PackageFileRow.package == ref.package, PackageFileRow.version == ref.version
+        )
+        return self._session.execute(query.limit(1)).first() is not None
+
     def approved_files(self) -> dict[str, int]:
-        """Digest -> size of every file that a published version names."""
+        """Digest -> size of every file that a published version names, unless the version was withdrawn."""
         query = select(PackageFileRow.digest, PackageFileRow.size).distinct().order_by(PackageFileRow.digest)
-        return {row.digest: row.size for row in self._session.execute(query)}
+        files = {row.digest: row.size for row in self._session.execute(query)}
+        return files | self.software.approved_files()
 
     # --- deployments ---
 
@@ -234,6 +254,10 @@ class Records:
 
     def put_document(self, issued: Issued) -> None:
         self._session.merge(DocumentRow(**msgspec.structs.asdict(issued)))
+
+    def drop_documents(self, scope: str) -> None:
+        """Forget what was said to a node that is gone."""
+        self._session.execute(delete(DocumentRow).where(DocumentRow.scope == scope))
 
     def burn(self, kind: str, scope: str, revision: int) -> None:
         """Never issue `revision` or a lower one again."""

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,37 +15,53 @@ import uvicorn
 
 from cloud_hub.app import create_app
 from cloud_hub.auth import admin_token_path, broker_hash
+from cloud_hub.authority import open_authority
+from cloud_hub.broker_connection import BrokerConnection
+from cloud_hub.certificates import HubCertificates
+from cloud_hub.enrolment import Public
 from cloud_hub.files import locked
 from cloud_hub.gate import Application
 from cloud_hub.hub import Hub, new_epoch, open_hub
-from cloud_hub.keys import keyring_path
+from cloud_hub.keys import root_path
 from cloud_hub.publisher import hub_will
+from models.serving.access.tls import server_context
 from models.serving.process import announce
-from sync.channel import LinkOptions, address_of
+from sync.channel import broker_address
+from sync.clock import SystemClock
 from sync.errors import InvalidConfig
 from sync.link import Link
-from sync.topics import HUB_USER
 
 MAX_CONNECTIONS = 512
 """Requests and connections under way; beyond it new ones are told 503."""
 IDLE_SECONDS = 30
 DRAIN_SECONDS = 5
 """How long a stop waits for answers under way; a long download is cut and resumes by range."""
-MAX_INCOMING = 20_000
-"""A fleet's retained messages arrive at once on every connect: three per node."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """`port` 0 = chosen by the system. `broker_password`: a file holding the password of the broker user `_hub-1`."""
+    """`port` 0 = chosen by the system. `broker_password`: a file holding the password of the broker user `_hub-1`, for a
+    broker on this machine; elsewhere the hub shows a certificate.
+
+    `names`: host names and addresses by which nodes reach this machine; saying one turns TLS on. `authority`: chain and key of
+    an external authority, None = the hub's own. `public_brokers`, `public_urls`: what nodes are told, () = made from `names`.
+    """
 
     data: Path
     host: str = "127.0.0.1"
     port: int = 8080
     broker: str = "mqtt://127.0.0.1:1883"
     broker_password: Path | None = None
+    names: tuple[str, ...] = ()
+    authority: tuple[Path, Path] | None = None
+    public_brokers: tuple[str, ...] = ()
+    public_urls: tuple[str, ...] = ()
+
+    @property
+    def tls(self) -> bool:
+        return bool(self.names) or not is_loopback(self.host)
 
 
 @asynccontextmanager
@@ -56,30 +72,37 @@ async def running_hub(options: HubOptions) -> AsyncIterator[str]:
     Raises InvalidConfig for a host or broker beyond loopback or a data folder in use, OSError when the port is taken or a
     file cannot be read.
     """
-    check_loopback("host", options.host)
-    check_loopback("broker", address_of(options.broker)[0])
+    broker = broker_address(options.broker)
+    if not broker.tls:
+        check_loopback("broker", broker.host)
     password = _read_password(options.broker_password)
-    epoch = new_epoch()
-    link_options = LinkOptions(
-        url=options.broker,
-        client_id=HUB_USER,
-        username=HUB_USER,
-        password=password,
-        will=hub_will(epoch),
-        max_incoming=MAX_INCOMING,
-    )
     # Locked before the link connects: a second hub on the folder would take the first one's place at the broker.
     with locked(options.data), _listening(options.host, options.port) as listener:
-        async with Link(link_options) as link:
-            hashed = broker_hash(password) if password else None
-            async with (
-                open_hub(options.data, link, epoch=epoch, broker_password_hash=hashed) as hub,
-                _serving(create_app(hub), listener),
-            ):
-                url = f"http://{_authority(listener)}"
-                with _announced(options.data / "hub.json", url):
-                    _print_start(hub, url)
-                    yield url
+        clock, epoch = SystemClock(), new_epoch()
+        authority = await asyncio.to_thread(open_authority, options.data / "ca", clock.wall(), options.authority)
+        own = HubCertificates(options.data / "tls", authority, options.names, clock)
+        await asyncio.to_thread(own.refresh)
+        connection = BrokerConnection(options.broker, own, authority, clock)
+        hashed = broker_hash(password) if password else None
+        async with (
+            Link(connection.options(password, hub_will(epoch))) as link,
+            open_hub(
+                options.data,
+                link,
+                epoch=epoch,
+                broker_password_hash=hashed,
+                authority=authority,
+                public=_public(options, listener),
+                kick=connection.take_place_of if broker.tls else None,
+                renew_own=own.refresh,
+            ) as hub,
+            _serving(create_app(hub), listener, own if options.tls else None),
+            _alongside(own.keep_fresh()),
+        ):
+            url = f"{'https' if options.tls else 'http'}://{_authority(listener)}"
+            with _announced(options.data / "hub.json", url):
+                _print_start(hub, url, own if options.tls else None)
+                yield url
 
 
 @contextmanager
@@ -91,14 +114,39 @@ def _announced(path: Path, url: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def check_loopback(field: str, host: str) -> None:
-    """Nothing binds or dials beyond this machine until nodes can be enrolled with certificates. Raises InvalidConfig."""
+def is_loopback(host: str) -> bool:
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
-        raise InvalidConfig(f"{field} {host!r} is not loopback: without certificates nothing leaves this machine")
+        return False
+
+
+def check_loopback(field: str, host: str) -> None:
+    """Nothing dials beyond this machine without TLS. Raises InvalidConfig."""
+    if not is_loopback(host):
+        raise InvalidConfig(
+            f"{field} {host!r} is not loopback: use mqtts or wss, nothing leaves this machine in the open"
+        )
+
+
+def _public(options: HubOptions, listener: socket.socket) -> Public:
+    """Under which addresses nodes are told to look for the hub and its broker."""
+    hosts = [f"[{name}]" if ":" in name else name for name in options.names]
+    brokers = options.public_brokers or tuple(f"mqtts://{host}:8883" for host in hosts)
+    if not brokers and broker_address(options.broker).tls:
+        brokers = (options.broker,)
+    port = listener.getsockname()[1]
+    return Public(brokers, options.public_urls or tuple(f"https://{host}:{port}" for host in hosts))
+
+
+@asynccontextmanager
+async def _alongside(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task}, timeout=1.0)
 
 
 def _read_password(path: Path | None) -> str | None:
@@ -137,7 +185,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _serving(application: Application, listener: socket.socket) -> AsyncIterator[None]:
+async def _serving(
+    application: Application, listener: socket.socket, own: HubCertificates | None
+) -> AsyncIterator[None]:
     config = uvicorn.Config(
         application,
         http="httptools",
@@ -150,6 +200,8 @@ async def _serving(application: Application, listener: socket.socket) -> AsyncIt
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        # Looks at the files when somebody connects: a renewed certificate needs no restart.
+        ssl_context_factory=None if own is None else lambda _config, _default: server_context(*own.server),
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -165,8 +217,12 @@ async def _serving(application: Application, listener: socket.socket) -> AsyncIt
         await asyncio.wait({task}, timeout=2 * DRAIN_SECONDS)
 
 
-def _print_start(hub: Hub, url: str) -> None:
+def _print_start(hub: Hub, url: str, own: HubCertificates | None) -> None:
     made = " (made just now)" if hub.first_run else ""
     print(f"hub answers on {url}, API at {url}/docs")
+    if own is not None:
+        print(
+            f"authority: {hub.data / 'ca'} (back this folder up: nodes trust nothing else); for clients: {own.bundle}"
+        )
     print(f"admin token: {admin_token_path(hub.data)}{made}")
-    print(f"keyring for nodes: {keyring_path(hub.data)}", flush=True)
+    print(f"root metadata for nodes to pin: {root_path(hub.data)}", flush=True)

@@ -44,7 +44,7 @@ class PackageRow(Table):
 
 
 class PackageFileRow(Table):
-    """A file that a published version names, its manifest included: together they are the catalogue."""
+    """A file that a published version names, its manifest included: what is approved. A version withdrawn has none."""
 
     __tablename__ = "package_files"
     package: Mapped[str] = mapped_column(primary_key=True)
@@ -111,3 +111,45 @@ class DocumentRow(Table):
     body: Mapped[bytes] = mapped_column(LargeBinary)
     envelope: Mapped[bytes] = mapped_column(LargeBinary)
     issued: Mapped[float]
+
+
+class InvitationRow(Table):
+    """A token that lets one node in once. `token_hash`: sha256 in hexadecimal. `hardware`: the serial number it is bound to.
+    `used`: when, 0 = not yet."""
+
+    __tablename__ = "invitations"
+    token_hash: Mapped[str] = mapped_column(primary_key=True)
+    node: Mapped[str] = mapped_column(index=True)
+    tier: Mapped[str]
+    labels: Mapped[dict[str, str]] = mapped_column(JSON)
+    groups: Mapped[list[str]] = mapped_column(JSON)
+    names: Mapped[list[str]] = mapped_column(JSON)
+    hardware: Mapped[str | None]
+    created: Mapped[float]
+    expires: Mapped[float]
+    used: Mapped[float] = mapped_column(default=0.0)
+
+
+class CertificateRow(Table):
+    """A certificate that was issued to a node. `fingerprint`: of its key. `public_key`: SubjectPublicKeyInfo, DER. `ended`:
+    when its key stopped being the node's, 0 = it is. Kept after its end: a key is never anybody's a second time."""
+
+    __tablename__ = "certificates"
+    serial: Mapped[str] = mapped_column(primary_key=True)
+    node: Mapped[str] = mapped_column(index=True)
+    fingerprint: Mapped[str] = mapped_column(index=True)
+    public_key: Mapped[bytes] = mapped_column(LargeBinary)
+    issuer: Mapped[int]
+    names: Mapped[list[str]] = mapped_column(JSON)
+    issued: Mapped[float]
+    not_after: Mapped[float]
+    ended: Mapped[float] = mapped_column(default=0.0)
+
+
+class DenialRow(Table):
+    """A node id that is refused everywhere until it is invited again."""
+
+    __tablename__ = "denials"
+    node: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    reason: Mapped[str]

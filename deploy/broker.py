@@ -18,9 +18,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from deploy.processes import DeployError, Process, free_port, wait_until
+from sync.credentials import new_key, private_pem, request
 from sync.topics import HUB_USER, access_list
 
 RECOMMENDED = (2, 0, 21)
@@ -41,17 +45,39 @@ def mosquitto_version(binary: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.groups()) if found else ()
 
 
-class Broker:
-    """One broker process on loopback. `kind` is `mosquitto` or `amqtt`; `note` says what a user should know about it.
+MAX_CONNECTIONS = 20_000
+"""Of one listener. A broker closes half-open connections late or never; a bound keeps them from taking every descriptor."""
 
+
+def has_websockets(binary: str) -> bool:
+    """Whether this mosquitto was built with them: not every distribution's is."""
+    return b"libwebsockets" in Path(binary).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Secure:
+    """The listener for enrolled nodes: TLS 1.3, a certificate needed. `names`: by which nodes reach it. `websocket_port`:
+    another one, for networks that let nothing but 443 out."""
+
+    names: tuple[str, ...]
+    port: int = 8883
+    bind: str = "0.0.0.0"  # noqa: S104 - it asks everybody for a certificate
+    websocket_port: int | None = None
+
+
+class Broker:
+    """One broker process. `kind` is `mosquitto` or `amqtt`; `note` says what a user should know about it.
+
+    It listens on loopback with passwords, for the hub beside it and for evaluation, and where `secure` says with certificates.
     `hub_password`: file with the password of the hub's user, made at the first start. `port`: None = a free one.
     """
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
+    def __init__(self, folder: Path, port: int | None = None, secure: Secure | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
         self.hub_password = self._folder / "hub-password"
-        self._admitted: tuple[str, str] | None = None
+        self._admitted: tuple[str, ...] | None = None
+        self.secure = secure
         self._process: Process | None = None
         self.port = port or free_port()
         self.binary = find_mosquitto()
@@ -68,7 +94,10 @@ class Broker:
             raise DeployError(f"something else listens on port {self.port}")
         if not self.hub_password.exists():
             _write_private(self.hub_password, secrets.token_urlsafe(32))
-        self.admit(f"{HUB_USER}:{_hash(self.hub_password.read_text())}\n", access_list(()))
+        if self._admitted is None:
+            self.admit(f"{HUB_USER}:{_hash(self.hub_password.read_text())}\n", access_list(()))
+        if self.secure is not None:
+            self._check_secure(self.secure)
         command = self._mosquitto() if self.binary else self._amqtt()
         self._process = Process("broker", command, self._folder / "broker.log")
         wait_until(f"{self.kind} accepts connections", self._accepts, 30.0, self._process)
@@ -97,16 +126,36 @@ class Broker:
         """While it is down: lose every session and retained message, as a new machine would."""
         shutil.rmtree(self._folder / "data", ignore_errors=True)
 
-    def admit(self, passwords: str, acl: str) -> None:
+    def request(self) -> str:
+        """A certificate request, PEM. The key is made once and stays in the folder."""
+        path = self._folder / "server.key"
+        if not path.exists():
+            _write_private(path, private_pem(new_key()).decode())
+        key = load_pem_private_key(path.read_bytes(), None)
+        return request(key, "broker")  # type: ignore[arg-type]
+
+    def install(self, certificate: str, bundle: str) -> None:
+        """Show this certificate from the next connection on, and trust nodes whose certificates lead to `bundle`."""
+        _write_private(self._folder / "server.crt", certificate)
+        _write_private(self._folder / "ca.pem", bundle)
+        self._reread()
+
+    def admit(self, passwords: str, acl: str, revocations: str = "", version: str = "") -> None:
         """Let in exactly these users, with what the list entitles them to. Takes effect at once.
 
-        Both texts are what the hub's `/api/v1/broker/access` gives.
+        The texts are what the hub's `/api/v1/broker/access` gives. `version` names them; without it they are compared.
         """
-        if (passwords, acl) == self._admitted:
+        told = (version,) if version else (passwords, acl, revocations)
+        if told == self._admitted:
             return
-        self._admitted = (passwords, acl)
         _write_private(self._folder / "acl", acl)
         _write_private(self._folder / "passwords", passwords)
+        if revocations:
+            _write_private(self._folder / "revoked.pem", revocations)
+        self._admitted = told
+        self._reread()
+
+    def _reread(self) -> None:
         if self.binary and self._process is not None:
             self._process.hang_up()
 
@@ -129,13 +178,12 @@ class Broker:
         data = self._folder / "data"
         data.mkdir(exist_ok=True)
         lines = [
+            # Before the listeners: it says to whom the settings after each of them belong.
+            *(["per_listener_settings true"] if self.secure is not None else []),
             f"listener {self.port} 127.0.0.1",
-            "allow_anonymous false",
             f"password_file {self._folder / 'passwords'}",
-            f"acl_file {self._folder / 'acl'}",
-            # Without it one valid user could evict any other by its client id.
-            "use_username_as_clientid true",
-            "allow_zero_length_clientid false",
+            *self._rights(),
+            *self._secure_lines(),
             "persistence true",
             f"persistence_location {data}/",
             # The default of 1800 s loses every retained message at a kill.
@@ -156,6 +204,50 @@ class Broker:
         config = self._folder / "mosquitto.conf"
         config.write_text("\n".join(lines) + "\n")
         return [self.binary, "-c", str(config)]
+
+    def _rights(self) -> list[str]:
+        return [
+            "allow_anonymous false",
+            f"acl_file {self._folder / 'acl'}",
+            # Without it one valid user could evict any other by its client id.
+            "use_username_as_clientid true",
+            "allow_zero_length_clientid false",
+            f"max_connections {MAX_CONNECTIONS}",
+        ]
+
+    def _secure_lines(self) -> list[str]:
+        secure = self.secure
+        if secure is None:
+            return []
+        ports = [(secure.port, "mqtt")]
+        if secure.websocket_port is not None:
+            ports.append((secure.websocket_port, "websockets"))
+        lines = []
+        for port, protocol in ports:
+            lines += [
+                f"listener {port} {secure.bind}",
+                f"protocol {protocol}",
+                f"cafile {self._folder / 'ca.pem'}",
+                f"certfile {self._folder / 'server.crt'}",
+                f"keyfile {self._folder / 'server.key'}",
+                f"crlfile {self._folder / 'revoked.pem'}",
+                "tls_version tlsv1.3",
+                "require_certificate true",
+                "use_identity_as_username true",
+                *self._rights(),
+            ]
+        return lines
+
+    def _check_secure(self, secure: Secure) -> None:
+        if self.binary is None:
+            raise DeployError("amqtt cannot ask for certificates: install mosquitto (apt-get install mosquitto)")
+        if secure.websocket_port is not None and not has_websockets(self.binary):
+            raise DeployError(
+                f"{self.binary} was built without WebSockets: put a TLS proxy that speaks them in front, or use another build"
+            )
+        for name in ("server.crt", "ca.pem", "revoked.pem"):
+            if not (self._folder / name).exists():
+                raise DeployError(f"{self._folder / name} is missing: the hub gives it")
 
     def _amqtt(self) -> list[str]:
         if importlib.util.find_spec("amqtt") is None:

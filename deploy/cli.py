@@ -6,31 +6,39 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import urllib3
-
-from deploy.broker import Broker
-from deploy.local import HubApi
+from deploy.broker import Broker, Secure
+from deploy.follow import Follower
 from deploy.processes import DeployError
 from models.serving.process import port_number
-
-REFRESH_SECONDS = 2.0
-"""How often the hub is asked whom it knows: a node that was just added waits at most this long."""
 
 
 def broker(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tierline broker",
-        description="Run an MQTT broker on 127.0.0.1 for evaluation and for gateways of one machine. It asks the hub whom to "
-        "let in, every two seconds, as soon as the hub answers.",
+        description="Run an MQTT broker. On 127.0.0.1 it takes passwords, for the hub beside it and for evaluation; with "
+        "--public-name it also listens for enrolled nodes, with TLS and certificates. It asks the hub whom to let in, every "
+        "two seconds, as soon as the hub answers.",
     )
     parser.add_argument("folder", type=Path, help="where passwords, access list and retained messages are kept")
     parser.add_argument("--port", type=port_number, default=1883, help="default 1883")
     parser.add_argument("--hub", default=os.environ.get("TIERLINE_HUB", "http://127.0.0.1:8080"), metavar="URL")
     parser.add_argument("--token-file", type=Path, default=os.environ.get("TIERLINE_TOKEN_FILE"), metavar="FILE")
+    parser.add_argument("--hub-ca", type=Path, metavar="FILE", help="whom an https hub is trusted by: its tls/ca.pem")
+    parser.add_argument(
+        "--public-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name or address by which nodes reach this broker; may be repeated",
+    )
+    parser.add_argument("--tls-port", type=port_number, default=8883, help="for enrolled nodes (default 8883)")
+    parser.add_argument("--tls-bind", default="0.0.0.0", metavar="ADDRESS", help="default: every address")  # noqa: S104
+    parser.add_argument(
+        "--ws-port", type=port_number, help="MQTT over WebSocket with TLS, if mosquitto was built with it"
+    )
     options = parser.parse_args(argv)
     if options.token_file is None:
         parser.error("--token-file (or TIERLINE_TOKEN_FILE) must name the hub's admin token; it may not exist yet")
@@ -38,12 +46,20 @@ def broker(argv: Sequence[str]) -> int:
         signal.signal(number, _interrupt)
     running: Broker | None = None
     try:
-        running = Broker(options.folder, options.port)
+        secure = None
+        if options.public_name:
+            secure = Secure(tuple(options.public_name), options.tls_port, options.tls_bind, options.ws_port)
+        running = Broker(options.folder, options.port, secure)
+        follower = Follower(running, options.hub, Path(options.token_file), options.hub_ca)
+        if secure is not None:
+            follower.wait_for_certificate()
         running.start()
         print(
             f"{running.note}\nlistening on {running.url}\nthe hub's password is in {running.hub_password}", flush=True
         )
-        _follow(running, options.hub, Path(options.token_file))
+        if secure is not None:
+            print(f"listening for enrolled nodes on port {secure.port} of {secure.bind}", flush=True)
+        follower.follow()
     except KeyboardInterrupt:
         return 0
     except (DeployError, OSError) as error:
@@ -53,22 +69,6 @@ def broker(argv: Sequence[str]) -> int:
         if running is not None:
             running.stop()
     return 1
-
-
-def _follow(running: Broker, hub: str, token_file: Path) -> None:
-    """Until the broker ends. A hub that is away changes nothing; what keeps it from answering is said once."""
-    told = ""
-    while running.alive:
-        try:
-            access = HubApi(hub, token_file.read_text().strip()).call("GET", "/api/v1/broker/access")
-            running.admit(access["passwords"], access["acl"])
-            trouble = ""
-        except (OSError, ValueError, urllib3.exceptions.HTTPError, DeployError) as error:
-            trouble = str(error)
-        if bool(trouble) != bool(told):
-            print(f"waiting for the hub: {trouble}" if trouble else "letting in whom the hub knows", flush=True)
-        told = trouble
-        time.sleep(REFRESH_SECONDS)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -26,10 +26,17 @@ MODEL_TIMEOUT_SECONDS = 60.0  # fetched, tried in a child, loaded and warmed
 class HubApi:
     """The management API, as any script would call it."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
+        """`ca`: PEM of whom an https hub is trusted by, None = the machine's own trust."""
         self.url = url
         self._token = token
-        self._http = urllib3.PoolManager(retries=False, timeout=API_TIMEOUT_SECONDS)
+        self._http = urllib3.PoolManager(
+            retries=False, timeout=API_TIMEOUT_SECONDS, ca_certs=str(ca) if ca is not None else None
+        )
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._http.clear()
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One call, JSON both ways. Raises DeployError with the API's own words when it refuses."""
@@ -120,15 +127,14 @@ class Cluster:
         folder = self.folder / name
         folder.mkdir()
         _write_secret(folder / "token", made["token"])
-        keyring = self.hub_data / "keyring.json"
-        (folder / "keyring.json").write_bytes(keyring.read_bytes())
+        (folder / "root.json").write_bytes((self.hub_data / "root.json").read_bytes())
         node = [
             "[node]",
             f'id = "{node_id}"',
             f'tier = "{tier}"',
             f'broker = "{self.broker.url}"',
             f'sources = ["{source}"]',
-            'keyring = "keyring.json"',
+            'root = "root.json"',
             'credential = "token"',
             'data = "."',
         ]

@@ -46,8 +46,14 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def device(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("join", "leave"):
+        from sync.enrol_cli import identity
+
+        return identity("device", argv)
     parser = argparse.ArgumentParser(
-        prog="tierline device", description="Run a device agent on standard input and output."
+        prog="tierline device",
+        description="Run a device agent on standard input and output.",
+        epilog="tierline device join URL --token TOKEN: enrol this machine; tierline device leave CONFIG: out of service.",
     )
     parser.add_argument("config", type=Path, help="TOML file: edge, threads, [node]")
     options = parser.parse_args(argv)

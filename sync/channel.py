@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,11 @@ from sync.errors import InvalidConfig
 SPREAD_PER_NODE = 0.01
 """Seconds of reconnect jitter per node of the fleet: 10 s at 1,000 nodes, 100 s at 10,000."""
 MAX_SPREAD = 120.0
+SESSION_SECONDS = 86_400
+"""How long the broker keeps our session while we are away."""
+MAX_FLEET = 1_000_000
+"""Largest fleet a hub may claim: it only scales a jitter that is bounded anyway."""
+PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,11 @@ class Will:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
-    """`url`: mqtt://host:port. `fleet_size`: nodes that would reconnect together; it scales the jitter.
+    """`url`: mqtt, mqtts, ws or wss. `fleet_size`: nodes that would reconnect together; it scales the jitter.
+
+    `tls`: makes the context of each new connection, so that a renewed certificate is used from the next one on; needed for
+    mqtts and wss. `proxy`: http://[user:password@]host:port of an HTTP proxy to tunnel through. `session_seconds`: how long the
+    broker keeps our session while we are away.
 
     `keepalive`, `min_delay`, `max_delay`: seconds. `window`: publishes without acknowledgement under way (a broker may ask
     for fewer). `max_outgoing`, `max_incoming`: messages that may wait on either side.
@@ -51,6 +61,9 @@ class LinkOptions:
     window: int = 20
     max_outgoing: int = 10_000
     max_incoming: int = 1_000
+    tls: Callable[[], ssl.SSLContext] | None = None
+    proxy: str | None = field(default=None, repr=False)
+    session_seconds: int = SESSION_SECONDS
 
 
 class LinkLike(Protocol):
@@ -62,22 +75,51 @@ class LinkLike(Protocol):
     def subscribe(self, *filters: str) -> None: ...
     def messages(self) -> AsyncIterator[Message]: ...
     def on_connect(self, callback: Callable[[], None]) -> None: ...
+    def fleet(self, size: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a broker is. `path`: of a WebSocket, None = plain MQTT."""
+
+    host: str
+    port: int
+    tls: bool
+    path: str | None
+
+
+def broker_address(url: str) -> Address:
+    """Raises InvalidConfig for anything but mqtt, mqtts, ws or wss with a host and without credentials in it."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidConfig(f"broker {url!r}: {error}") from error
+    web = parts.scheme in ("ws", "wss")
+    extra = parts.query or parts.fragment or parts.username or (parts.path.strip("/") and not web)
+    if parts.scheme not in PORTS or not host or extra:
+        raise InvalidConfig(f"broker {url!r} is not mqtt://host:port, mqtts://..., ws://host:port/path or wss://...")
+    path = (parts.path if parts.path not in ("", "/") else "/mqtt") if web else None
+    return Address(host, port or PORTS[parts.scheme], parts.scheme in ("mqtts", "wss"), path)
 
 
 def address_of(url: str) -> tuple[str, int]:
-    """Host and port of `mqtt://host[:port]`. Raises InvalidConfig."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 1883
-    except ValueError as error:
-        raise InvalidConfig(f"broker {url!r}: {error}") from error
-    if parts.scheme != "mqtt" or not host:
-        raise InvalidConfig(f"broker {url!r} is not mqtt://host:port")
-    return host, port
+    """Host and port of a broker's URL. Raises InvalidConfig."""
+    address = broker_address(url)
+    return address.host, address.port
 
 
-def reconnect_delay(attempt: int, options: LinkOptions, uniform: Callable[[float, float], float]) -> float:
-    """Seconds before attempt number `attempt` (1 = first after a loss): exponential, jittered, spread over the fleet."""
+def spread(fleet_size: int) -> float:
+    """Seconds over which a fleet spreads what all of it would do at once, reconnecting above all."""
+    return min(MAX_SPREAD, max(fleet_size, 1) * SPREAD_PER_NODE)
+
+
+def reconnect_delay(
+    attempt: int, options: LinkOptions, uniform: Callable[[float, float], float], fleet_size: int | None = None
+) -> float:
+    """Seconds before attempt number `attempt` (1 = first after a loss): exponential, jittered, spread over the fleet.
+
+    `fleet_size`: what the hub last said, None = what the options say.
+    """
     ceiling = min(options.max_delay, options.min_delay * 2.0 ** min(attempt - 1, 16))
-    spread = min(MAX_SPREAD, options.fleet_size * SPREAD_PER_NODE)
-    return uniform(ceiling / 2, ceiling) + uniform(0.0, spread)
+    return uniform(ceiling / 2, ceiling) + uniform(0.0, spread(fleet_size or options.fleet_size))

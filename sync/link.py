@@ -23,12 +23,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from sync.channel import LinkLike, LinkOptions, Message, Will, address_of, reconnect_delay
+from sync import tunnel
+from sync.channel import MAX_FLEET, Address, LinkLike, LinkOptions, Message, Will, broker_address, reconnect_delay
+from sync.errors import InvalidConfig, SyncError
 from sync.messages import MAX_MESSAGE_BYTES
 from sync.outgoing import Outgoing, Packet
 
-SESSION_EXPIRY = 86_400
-"""Seconds the broker keeps our session while we are away."""
 CONNACK_SECONDS = 10.0
 """A broker that accepted the socket must have answered by then."""
 DRAIN_SECONDS = 2.0
@@ -53,7 +53,11 @@ class Link:
 
     def __init__(self, options: LinkOptions) -> None:
         self._options = options
-        self._address = address_of(options.url)
+        self._address = broker_address(options.url)
+        if self._address.tls and options.tls is None:
+            raise InvalidConfig(f"broker {options.url!r} needs certificates")
+        self._proxy = tunnel.read_proxy(options.proxy) if options.proxy else None
+        self._fleet_size = options.fleet_size
         self._filters: list[str] = []
         self._callbacks: list[Callable[[], None]] = []
         self._outgoing = Outgoing(options.max_outgoing)
@@ -69,6 +73,7 @@ class Link:
         self._version = MQTTProtocolVersion.MQTTv5
         self._clean = True
         self._told: bool | None = None
+        self._trouble = ""
         self._task: asyncio.Task[None] | None = None
         self.lost_incoming = 0
         self.refused = 0
@@ -97,6 +102,16 @@ class Link:
         return self._connected
 
     @property
+    def protocol(self) -> str:
+        """MQTT 5 or MQTT 3.1.1, as the broker granted it; empty without a connection."""
+        return self._connection.name if self._connection is not None and self._connected else ""
+
+    @property
+    def trouble(self) -> str:
+        """Why the last attempt failed, or the last connection ended; empty when there was none."""
+        return self._trouble
+
+    @property
     def pending(self) -> int:
         """Messages that the broker has not acknowledged yet."""
         return len(self._outgoing) + len(self._under_way)
@@ -105,6 +120,10 @@ class Link:
     def dropped(self) -> int:
         """Outgoing messages given up because too many waited, or at QoS 0 because the connection broke."""
         return self._outgoing.dropped
+
+    def fleet(self, size: int) -> None:
+        """How many nodes would reconnect together, as the hub says; it scales the jitter from the next attempt on."""
+        self._fleet_size = min(max(size, 1), MAX_FLEET)
 
     def on_connect(self, callback: Callable[[], None]) -> None:
         """Call `callback` after every connect, once the subscriptions are under way; at once when already connected."""
@@ -151,17 +170,20 @@ class Link:
             was_up = False
             try:
                 was_up, why = await self._connect_once()
+            except SyncError as error:
+                why = str(error)  # the certificates cannot be read
             except Exception as error:
                 # No thread or no descriptor to be had: that passes, and a node without a link is deaf for good.
                 log.exception("an attempt to reach %s failed", self._options.url)
                 why = f"the attempt failed: {error}"
             attempt = 1 if was_up else attempt + 1
+            self._trouble = why
             self._tell(False, why)
-            await asyncio.sleep(reconnect_delay(attempt, self._options, random.uniform))
+            await asyncio.sleep(reconnect_delay(attempt, self._options, random.uniform, self._fleet_size))
 
     async def _connect_once(self) -> tuple[bool, str]:
         """One connection from its beginning to its end: whether it was up, and why it ended."""
-        connection = _Connection(self, self._options, self._address, self._version, self._clean)
+        connection = _Connection(self, self._options, self._address, self._proxy, self._version, self._clean)
         self._connection = connection
         try:
             was_up = await self._serve(connection)
@@ -251,6 +273,13 @@ class _Client(paho.Client):
     """paho's client, whose network thread says when it ends: the only reliable sign of life."""
 
     on_end: Callable[[], None]
+    proxy: tunnel.Proxy | None = None
+
+    def _create_socket_connection(self) -> socket.socket:
+        """paho's own way through a proxy needs PySocks."""
+        if self.proxy is None:
+            return super()._create_socket_connection()
+        return tunnel.connect(self.proxy, self._host, self._port, self._connect_timeout)
 
     def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
         try:
@@ -263,7 +292,13 @@ class _Connection:
     """One paho client from CONNECT to its end. Callbacks run in paho's thread and only post into the event loop."""
 
     def __init__(
-        self, link: Link, options: LinkOptions, address: tuple[str, int], version: MQTTProtocolVersion, clean: bool
+        self,
+        link: Link,
+        options: LinkOptions,
+        address: Address,
+        proxy: tunnel.Proxy | None,
+        version: MQTTProtocolVersion,
+        clean: bool,
     ) -> None:
         self.decided = asyncio.Event()
         self.ended = asyncio.Event()
@@ -275,22 +310,29 @@ class _Connection:
         self._closing = self._started = False
         self._v5 = version == MQTTProtocolVersion.MQTTv5
         self.name = "MQTT 5" if self._v5 else "MQTT 3.1.1"
-        self._client = self._build(options, version, clean)
+        self._client = self._build(options, address, version, clean)
+        self._client.proxy = proxy
         self._client.connect_async(
-            *address,
+            address.host,
+            address.port,
             keepalive=options.keepalive,
             clean_start=clean,
-            properties=_connect_properties() if self._v5 else None,
+            properties=_connect_properties(options.session_seconds) if self._v5 else None,
         )
 
-    def _build(self, options: LinkOptions, version: MQTTProtocolVersion, clean: bool) -> _Client:
+    def _build(self, options: LinkOptions, address: Address, version: MQTTProtocolVersion, clean: bool) -> _Client:
         client = _Client(
             CallbackAPIVersion.VERSION2,
             options.client_id,
             clean_session=None if self._v5 else clean,
             protocol=version,
+            transport="tcp" if address.path is None else "websockets",
             reconnect_on_failure=False,
         )
+        if address.path is not None:
+            client.ws_set_options(path=address.path)
+        if address.tls and options.tls is not None:
+            client.tls_set_context(options.tls())
         client.suppress_exceptions = True  # an exception in a callback ends the thread without a word: paho 365
         client.max_queued_messages_set(0)  # a limit here drops the newest, silently: paho 856
         client.max_inflight_messages_set(options.window)
@@ -393,8 +435,8 @@ class _Connection:
         self.decided.set()
 
 
-def _connect_properties() -> Properties:
+def _connect_properties(session_seconds: int) -> Properties:
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.SessionExpiryInterval = SESSION_EXPIRY
+    properties.SessionExpiryInterval = session_seconds
     properties.MaximumPacketSize = 2 * MAX_MESSAGE_BYTES
     return properties

@@ -1,7 +1,7 @@
 """Every MQTT topic of the control plane, who may use it, and the broker's access list made from that. Pure.
 
     tierline/v1/{node}/up/{state,caps,tele,event,reported,job,rpc}     node -> hub
-    tierline/v1/{node}/down/{desired,job,rpc}                          hub -> node
+    tierline/v1/{node}/down/{desired,settings,software,ack,job,rpc}       hub -> node
     tierline/v1/_t/{tenant}/policy                                     hub -> every node of a tenant
     tierline/v1/_g/{tenant}.{group}/policy                             hub -> every node of a group
     tierline/v1/_hub/state                                             hub -> everybody
@@ -23,8 +23,8 @@ HUB_USER = "_hub-1"
 evict each other."""
 HUB_STATE = f"{ROOT}/_hub/state"
 UP = ("state", "caps", "tele", "event", "reported", "job", "rpc")
-DOWN = ("desired", "job", "rpc")
-RETAINED = ("state", "caps", "reported", "desired", "policy")
+DOWN = ("desired", "settings", "software", "ack", "job", "rpc")
+RETAINED = ("state", "caps", "reported", "desired", "policy", "settings", "software")
 MAX_ID = 64
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?"
@@ -74,7 +74,7 @@ def group_policy(tenant: str, group: str) -> str:
 
 def hub_filters() -> tuple[str, ...]:
     """What the hub subscribes to. Filters never overlap: overlapping ones deliver a message twice."""
-    return tuple(f"{ROOT}/+/up/{leaf}" for leaf in ("state", "caps", "reported", "event"))
+    return tuple(f"{ROOT}/+/up/{leaf}" for leaf in ("state", "caps", "reported", "event", "rpc"))
 
 
 def node_filters(node_id: str, groups: Iterable[str] = ()) -> tuple[str, ...]:
@@ -92,20 +92,25 @@ def parse_up(topic: str) -> tuple[str, str]:
     return check_node_id(parts[2]), parts[4]
 
 
-def access_list(nodes: Sequence[str], groups: Iterable[tuple[str, str]] = ()) -> str:
-    """A mosquitto ACL file. `nodes`: ids; `groups`: (node id, group) pairs.
+def access_list(nodes: Sequence[str], groups: Iterable[tuple[str, str]] = (), denied: Iterable[str] = ()) -> str:
+    """A mosquitto ACL file. `nodes`: ids; `groups`: (node id, group) pairs; `denied`: ids that may do nothing, known or not.
 
     Patterns know only the user name, hence the lines per node for what its tenant and groups may read.
     """
+    refused = frozenset(denied)
     lines = [
         f"user {HUB_USER}",
         f"topic readwrite {ROOT}/#",
         f"pattern read {ROOT}/%u/down/#",
         f"pattern write {ROOT}/%u/up/#",
     ]
-    by_node: dict[str, list[str]] = {check_node_id(node): [] for node in nodes}
+    # Before every other rule about them: the first that matches decides, and a live connection feels it at once.
+    for node in sorted(refused):
+        lines += [f"user {check_node_id(node)}", f"topic deny {ROOT}/#"]
+    by_node: dict[str, list[str]] = {check_node_id(node): [] for node in nodes if node not in refused}
     for node, group in groups:
-        by_node[node].append(group_policy(tenant_of(node), group))
+        if node in by_node:
+            by_node[node].append(group_policy(tenant_of(node), group))
     for node, extra in by_node.items():
         lines += [f"user {node}", f"topic read {tenant_policy(tenant_of(node))}", f"topic read {HUB_STATE}"]
         lines += [f"topic read {topic}" for topic in extra]
