@@ -20,6 +20,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mode
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 ACCESS = (ROOT / "docs" / "access.md").read_text()
+SUBCOMMANDS = (
+    r"(?:hub|edge|device|worker) (?=(?:enrol|revoke|decommission|denied|authority|join|leave)\b)"
+    r"|keys (?=(?:init|status|rotate|renew-root|sign|install|revoke|reissue|export-root)\b)"
+)
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -105,10 +109,28 @@ def test_the_six_files_that_show_the_main_flow_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_a_page_gives_a_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, rest in re.findall(
-        r"(?:^|`|\()tierline ((?:token |model )?[a-z-]+)([^`|#\n]*)", page.read_text(), re.MULTILINE
+        rf"(?:^|`|\()tierline ((?:token |model |{SUBCOMMANDS})?[a-z-]+)([^`|#\n]*)", page.read_text(), re.MULTILINE
     ):
         if command in tierline.COMMANDS or " " in command:
             assert options_in(rest) <= options_in(help_of(command, capsys)), f"tierline {command}{rest}"
+
+
+def test_every_test_that_a_page_names_as_a_proof_exists() -> None:
+    written = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    known = set(re.findall(r"def (test_\w+)", written))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert named
+    assert not named - known
+
+
+def test_every_attack_the_security_page_names_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "security.md").read_text().split("## Updates")[1].split("## Identity")[0]
+    table = (ROOT / "tests" / "integration" / "sync" / "test_update_attacks.py").read_text()
+    rows = set(re.findall(r'^    "([^"]+)": \(', table, re.MULTILINE))
+    lines = [line.rpartition(" | ")[2] for line in page.splitlines() if line.startswith("|")]
+    quoted = [name for line in lines for name in re.findall(r"`([^`]+)`", line)]
+    for name in (name for name in quoted if not name.startswith(("test_", "make "))):
+        assert any(row.startswith(name.removesuffix("...").strip()) for row in rows), name
 
 
 def test_every_option_of_serve_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
