@@ -13,6 +13,7 @@ from models.desired import Assignment
 from models.engines import EngineOptions, get_engine
 from models.errors import ContractBreach, NotReady, PackageError
 from models.manifest import MAX_MANIFEST_BYTES, Contract, Manifest, Variant, choose_variant, decode_manifest
+from models.serving.aside import aside
 from models.serving.loaded import Identity, Loaded, first_row
 from models.serving.probe import ProbeLimits, ProbeRequest
 from models.serving.verdicts import Verdicts
@@ -35,7 +36,7 @@ class PackageLoader:
             variant = choose_variant(manifest.variants, self._engines)
             paths = _blob(blobs, variant.blob.digest), _blob(blobs, manifest.golden.digest)
             await self._probe(manifest, variant, *paths)
-            return await asyncio.to_thread(self._open, identity_of(assignment, variant), manifest, variant, *paths)
+            return await aside(lambda: self._open(identity_of(assignment, variant), manifest, variant, *paths))
         except PackageError as error:
             raise type(error)(f"{where}: {error}") from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-NICENESS = 10
-"""A tenth of a core's time where requests want all of it. Less would let a busy node never try anything."""
+NICENESS = 15
+"""As `models.serving.cores.LOADING_NICE`, which this file does not import: nothing may be imported before."""
 
 
 def start() -> None:

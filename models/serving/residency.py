@@ -16,11 +16,11 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from typing import NamedTuple
 
 from models.errors import DeadlineExceeded, NotReady, Overloaded, PackageError
+from models.serving.aside import loading_threads
 from models.serving.drive import Parked
 from models.serving.flight import Flight
 from models.serving.loaded import Loaded
@@ -82,7 +82,7 @@ class Residency:
         self._flights: dict[Registered, Flight] = {}
         self._waiting: dict[Registered, Flight] = {}
         self._looking: asyncio.TimerHandle | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tierline-load")
+        self._pool = loading_threads(1)
         self._reserved = 0
         self._closed = False
         self._loads = 0
