@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut kills offline renewals metadata strace faketime stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut kills offline renewals metadata upgrade delta strace faketime stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
@@ -55,6 +55,12 @@ renewals: $(VENV)/.test mosquitto ## certificates renewed again and again while 
 
 metadata: $(VENV)/.test        ## bytes and time of update metadata, 1,000 models
 	$(BIN)/python tests/proofs/metadata.py $(ARGS)
+
+upgrade: $(VENV)/.test mosquitto ## a real edge node upgraded to another wheel, and taken back from a broken one
+	$(BIN)/python tests/proofs/upgrade.py $(ARGS)
+
+delta: $(VENV)/.test           ## what deltas between model versions save
+	$(BIN)/python tests/proofs/delta.py $(ARGS)
 
 stubs:                         ## models/serving/grpc/inference_pb2.py anew from its .proto, in an environment of its own
 	$(PYTHON) -m venv build/stubs && build/stubs/bin/python -m pip install --quiet 'grpcio-tools==1.73.*'
