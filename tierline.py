@@ -24,11 +24,18 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "keys": ("cloud_hub.keys_cli:keys", "hub", "make, rotate and withdraw the keys that nodes believe"),
     "worker": ("cloud_hub.worker:worker", "hub", "run a cloud worker"),
     "edge": ("edge_node.cli:edge", "edge", "run an edge node"),
+    "launch": ("deploy.launcher:launch", "edge", "run a node whose own software the hub may upgrade, and take back"),
     "hold": ("edge_node.hold_cli:hold", "edge", "ask an edge node of this machine not to activate updates now"),
     "release": ("edge_node.hold_cli:release", "edge", "end such a hold"),
     "updates": ("edge_node.hold_cli:updates", "edge", "show how the updates of an edge node of this machine stand"),
     "device": ("device_agent.cli:device", "device", "run a device agent on standard input and output"),
     "publish": ("cloud_hub.cli:publish", "hub", "publish a package folder to the hub"),
+    "publish-software": (
+        "cloud_hub.software_cli:publish_software",
+        "hub",
+        "publish a version of the nodes' own software",
+    ),
+    "upgrade": ("cloud_hub.software_cli:upgrade", "hub", "say which nodes run which version of the software"),
     "packages": ("cloud_hub.cli:packages", "hub", "list published packages"),
     "bundle": ("cloud_hub.bundle_cli:bundle", "edge", "carry updates in one file to nodes without a network"),
     "deploy": ("cloud_hub.cli:deploy", "hub", "say which nodes run which package"),
@@ -36,6 +43,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "node-add": ("cloud_hub.cli:node_add", "hub", "make a node known and print its token"),
     "ledger": ("cloud_hub.ledger_cli:ledger", "edge", "whether every event of a node has a known end"),
     "policy": ("cloud_hub.cli:policy", "hub", "show or set a tenant's routing policy"),
+    "doctor": (
+        "sync.doctor.cli:doctor",
+        "device",
+        "check a node or a hub of this machine: what is wrong, and what to do",
+    ),
+    "support-bundle": (
+        "sync.doctor.bundle:support_bundle",
+        "device",
+        "write what somebody who helps needs to know into one file",
+    ),
     "chaos": ("sync.chaos.cli:chaos", "edge", "cut, slow, break or stop something on purpose, to see what happens"),
 }
 FOUNDATIONS = ("cloud_hub", "edge_node", "device_agent", "sync", "models", "deploy")

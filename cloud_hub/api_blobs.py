@@ -7,14 +7,15 @@ import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+import msgspec
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from cloud_hub.api_context import OpenHub
 from cloud_hub.api_types import BlobStored, ErrorBody
-from cloud_hub.blobs import MAX_BLOB_BYTES
+from cloud_hub.blobs import MAX_BLOB_BYTES, Blobs
+from cloud_hub.deltas import RETRY_SECONDS, Pending
 from cloud_hub.gate import next_piece
-from cloud_hub.records import Issued
 from models.errors import InvalidRequest, NotFound, TooLarge
 
 router = APIRouter(tags=["files"])
@@ -66,7 +67,11 @@ async def get_blob(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A file, or one range of it (RFC 9110, section 14). A digest's content never changes, so the digest is the ETag."""
-    size = await hub.blobs.size(digest)
+    blobs = hub.blobs
+    size = await blobs.size(digest)
+    if size is None:
+        blobs = hub.deltas.blobs
+        size = await blobs.size(digest)
     if size is None:
         raise NotFound(f"no blob {digest}")
     etag = f'"{digest}"'
@@ -75,7 +80,7 @@ async def get_blob(
         return Response(status_code=304, headers=headers)
     asked = parse_range(range_, size) if if_range in (None, etag) else None
     if asked is None:
-        return _stream(hub, digest, 0, size, 200, headers)
+        return _stream(blobs, digest, 0, size, 200, headers)
     start, end = asked
     if start >= end:
         return Response(
@@ -84,12 +89,12 @@ async def get_blob(
             {"content-range": f"bytes */{size}"},
             "application/json",
         )
-    return _stream(hub, digest, start, end, 206, {**headers, "content-range": f"bytes {start}-{end - 1}/{size}"})
+    return _stream(blobs, digest, start, end, 206, {**headers, "content-range": f"bytes {start}-{end - 1}/{size}"})
 
 
-def _stream(hub: OpenHub, digest: str, start: int, end: int, status: int, headers: dict[str, str]) -> Response:
+def _stream(blobs: Blobs, digest: str, start: int, end: int, status: int, headers: dict[str, str]) -> Response:
     headers = {**headers, "content-length": str(end - start)}
-    return StreamingResponse(hub.blobs.read(digest, start, end), status, headers, "application/octet-stream")
+    return StreamingResponse(blobs.read(digest, start, end), status, headers, "application/octet-stream")
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -108,15 +113,29 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return int(first), min(int(last) + 1, size) if last else size
 
 
-@router.get("/catalog", response_class=Response)
-async def get_catalog(hub: OpenHub) -> Response:
-    """The signed catalogue of every approved file."""
+@router.get("/deltas/{digest}", response_class=Response, responses={503: {"description": "it is being made"}})
+async def get_delta(
+    digest: str, hub: OpenHub, from_: Annotated[str, Query(alias="from", max_length=2_000)]
+) -> Response:
+    """Which delta makes this file from one of `from`, digests with commas between: {base, delta, size}. 404: none does.
 
-    def read() -> Issued | None:
-        with hub.storage.read() as records:
-            return records.document("catalog", "hub")
+    The delta itself is the blob `delta`.
+    """
+    try:
+        offer = await hub.deltas.offer(digest, from_.split(","))
+    except Pending as error:
+        body = msgspec.json.encode({"error": str(error)})
+        return Response(body, 503, {"retry-after": str(RETRY_SECONDS)}, "application/json")
+    if offer is None:
+        raise NotFound("no delta is worth it")
+    return Response(msgspec.json.encode(offer), media_type="application/json")
 
-    issued = await asyncio.to_thread(read)
-    if issued is None:
-        raise NotFound("no catalogue yet")
-    return Response(issued.envelope, media_type="application/json", headers={"cache-control": "no-cache"})
+
+@router.get("/tuf/{name}", response_class=Response)
+async def get_metadata(name: str, hub: OpenHub) -> Response:
+    """A file of the update repository's signed metadata, e.g. `timestamp.json`, `1.root.json` or `3.bin-0f.json`."""
+    data = await asyncio.to_thread(hub.approvals.repository.read, name)
+    if data is None:
+        raise NotFound(f"no metadata {name[:100]}")
+    caching = "no-cache" if name == "timestamp.json" else "private, max-age=31536000, immutable"
+    return Response(data, media_type="application/json", headers={"cache-control": caching})

@@ -79,6 +79,8 @@ def _put(hub: Hub, deployment: Deployment) -> tuple[bool, list[Issued], Deployme
         for model, ref in deployment.models.items():
             if records.package(ref) is None:
                 raise InvalidRequest(f"models.{model}: package {ref} has not been published")
+            if not records.is_approved(ref):
+                raise InvalidRequest(f"models.{model}: package {ref} was withdrawn")
         created = records.put_deployment(deployment, hub.clock.wall())
         changed = hub.documents.desired(records, records.nodes())
         detail = next(entry for entry in _describe(records, hub.clock.wall()) if entry.name == deployment.name)

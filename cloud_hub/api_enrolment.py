@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from cloud_hub.api_context import OpenHub
 from cloud_hub.api_types import MAX_LABELS, Input, Label, Name, Tier, Value
-from cloud_hub.authority import MAX_REQUEST_BYTES, read_request
+from cloud_hub.certificate_requests import MAX_REQUEST_BYTES, read_request
 from cloud_hub.enrolment import MAX_NAMES, TOKEN_SECONDS
 from cloud_hub.identity_records import Invitation
 from models.errors import InvalidRequest

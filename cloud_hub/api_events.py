@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from itertools import chain
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from cloud_hub.api_context import OpenHub
@@ -15,11 +16,15 @@ from cloud_hub.api_types import MAX_PAGE
 from cloud_hub.event_records import Arrived
 from models.errors import NotFound
 
+MAX_DEPTH = 100
+"""Of a body that is shown as JSON. What is nested deeper is shown as bytes: many readers of the page could not take it."""
+
 router = APIRouter(prefix="/api/v1", tags=["events"])
 
 
 class EventOut(BaseModel):
-    """`at`: by the node's clock, `received`: by the hub's, Unix seconds. The body is `json` when it is JSON, else `base64`."""
+    """`at`: by the node's clock, `received`: by the hub's, Unix seconds. The body is `json` when it is JSON that is not
+    nested too deep, else `base64`."""
 
     position: int
     node: str
@@ -73,23 +78,24 @@ class AlarmList(BaseModel):
     items: list[AlarmOut]
 
 
-@router.get("/events", response_model_by_alias=True)
+@router.get("/events", response_model=EventPage)
 async def list_events(
     hub: OpenHub,
     node: Annotated[str | None, Query(max_length=64)] = None,
     kind: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     after: Annotated[int, Query(ge=0, lt=1 << 62)] = 0,
-) -> EventPage:
+) -> Response:
     """Events in the order in which they arrived, after position `after`."""
 
-    def read() -> list[Arrived]:
+    def read() -> bytes:
         with hub.storage.read() as records:
-            return records.events.page(limit + 1, after, node, kind)
+            found = records.events.page(limit + 1, after, node, kind)
+        # Written here and not by FastAPI: bodies go out as they came, and megabytes of them do not hold up the event loop.
+        items = [_describe(event) for event in found[:limit]]
+        return msgspec.json.encode({"items": items, "next": found[limit - 1].position if len(found) > limit else None})
 
-    found = await asyncio.to_thread(read)
-    items = [_describe(event) for event in found[:limit]]
-    return EventPage(items=items, next=items[-1].position if len(found) > limit else None)
+    return Response(await asyncio.to_thread(read), media_type="application/json")
 
 
 @router.get("/nodes/{node_id}/ledger")
@@ -135,10 +141,24 @@ async def list_alarms(hub: OpenHub, node: Annotated[str | None, Query(max_length
     return AlarmList(items=await asyncio.to_thread(read))
 
 
-def _describe(event: Arrived) -> EventOut:
+def _describe(event: Arrived) -> dict[str, object]:
+    """An `EventOut`."""
     fields = msgspec.structs.asdict(event)
     body = fields.pop("body")
+    if _showable(body):
+        return {**fields, "json": msgspec.Raw(body), "base64": None}
+    return {**fields, "json": None, "base64": base64.b64encode(body).decode()}
+
+
+def _showable(body: bytes) -> bool:
     try:
-        return EventOut(**fields, json_body=msgspec.json.decode(body))
+        value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return EventOut(**fields, base64_body=base64.b64encode(body).decode())
+        return False
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        tables, lists = [item for item in level if type(item) is dict], [item for item in level if type(item) is list]
+        if not tables and not lists:
+            return True
+        level = [*chain.from_iterable(table.values() for table in tables), *chain.from_iterable(lists)]
+    return False

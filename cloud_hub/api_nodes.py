@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 from typing import Annotated
 
 import msgspec
@@ -24,6 +25,7 @@ from cloud_hub.auth import broker_hash, hash_token, new_token
 from cloud_hub.documents import models_of
 from cloud_hub.errors import Conflict
 from cloud_hub.hub import Hub
+from cloud_hub.identity_records import Known
 from cloud_hub.publisher import wanted_by
 from cloud_hub.records import Issued, Member, Records
 from cloud_hub.rollout import Node, Sync, sync_of
@@ -53,7 +55,8 @@ def _add(hub: Hub, node: Node, token: str) -> list[Issued]:
         if records.member(node.id) is not None:
             raise Conflict(f"node {node.id} is registered; POST /api/v1/nodes/{node.id}/token makes it a new token")
         records.add_node(node, hash_token(token), broker_hash(token), hub.clock.wall())
-        return hub.documents.desired(records, [node])
+        changed = hub.documents.settings(records, [node]) + hub.documents.desired(records, [node])
+        return changed + hub.documents.software(records, [node])
 
 
 @router.post("/nodes/{node_id}/token")
@@ -133,18 +136,38 @@ def _document(member: Member, issued: Issued, now: float) -> DocumentOut:
 
 
 @router.get("/broker/access", tags=["broker"])
-async def broker_access(hub: OpenHub) -> BrokerAccess:
-    """Users, access list and password file for the broker. Fetch again after registering a node or rotating a token."""
+async def broker_access(hub: OpenHub, have: Annotated[str, Query(max_length=64)] = "") -> BrokerAccess:
+    """Users, access list, password file and revocation list for the broker. Fetch again after any change of nodes.
 
-    def read() -> list[Member]:
+    `have`: the `version` the broker works by now; once it is the newest, connections of revoked nodes are ended.
+    """
+
+    def read() -> tuple[list[Member], set[str], list[Known]]:
         with hub.storage.read() as records:
-            return records.members()
+            identities = records.identities
+            return records.members(), set(identities.denied()), identities.ended_alive(hub.clock.wall())
 
-    members = await asyncio.to_thread(read)
+    members, refused, ended = await asyncio.to_thread(read)
+    members = [member for member in members if member.node.id not in refused]
+    # An id is named as long as a certificate of its could still open a connection.
+    denied = refused & {known.node for known in ended}
     users = [BrokerUser(id=HUB_USER, password_hash=hub.broker_password_hash)]
     users += [BrokerUser(id=member.node.id, password_hash=member.broker_hash) for member in members]
     groups = [(member.node.id, group) for member in members for group in member.node.groups]
-    lines = [f"{user.id}:{user.password_hash}\n" for user in users if user.password_hash is not None]
+    passwords = "".join(f"{user.id}:{user.password_hash}\n" for user in users if user.password_hash)
+    acl = access_list([member.node.id for member in members], groups, denied)
+    revoked = [(known.issuer, known.serial, known.ended) for known in ended]
+    authority = hub.enrolment.authority
+    state = [acl, passwords, [entry[:2] for entry in revoked], authority.bundle()]
+    version = sha256(msgspec.json.encode(state)).hexdigest()
+    if have == version:
+        hub.kicker.broker_knows(refused)
+    revocations = await asyncio.to_thread(authority.revocation_list, revoked, hub.clock.wall())
     return BrokerAccess(
-        users=users, acl=access_list([member.node.id for member in members], groups), passwords="".join(lines)
+        version=version,
+        users=users,
+        acl=acl,
+        passwords=passwords,
+        bundle=authority.bundle().decode(),
+        revocations=revocations.decode(),
     )

@@ -76,6 +76,12 @@ async def get_package(package: str, version: str, hub: OpenHub) -> PackageDetail
     )
 
 
+@router.post("/packages/{package}/{version}/unapprove", status_code=204)
+async def unapprove(package: str, version: str, hub: OpenHub) -> None:
+    """Withdraw a version found bad: no node installs it from then on. 409 while a deployment names it."""
+    await hub.registry.unapprove(PackageRef(package, version))
+
+
 @router.get("/models", tags=["models"])
 async def list_models(hub: OpenHub) -> ModelList:
     """The model names callers can use, and which deployment gives them which package where."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -14,10 +15,12 @@ from cloud_hub.documents import node_scope, tenant_scope
 from cloud_hub.hub import Hub
 from cloud_hub.records import Issued
 from models.errors import InvalidRequest, NotFound, TooLarge
-from models.serving.quality import read_rules
+from models.serving.quality import Rules, read_rules
 from sync.errors import Malformed
 from sync.settings import Settings, decode_settings
+from sync.states import DEADLINES
 from sync.topics import tenant_of
+from sync.windows import Window
 
 MAX_BODY = 32 * 1024
 
@@ -95,8 +98,22 @@ def checked(body: bytes) -> Mapping[str, object]:
         given = msgspec.json.decode(body, type=dict[str, object])
     except Malformed as error:
         raise InvalidRequest(str(error)) from error
-    for name in given:
-        if name not in Settings.__struct_fields__:
-            raise InvalidRequest(f"{name[:60]}: no such setting; there are {', '.join(Settings.__struct_fields__)}")
+    _check_names("", given, Settings)
+    for index, window in enumerate(_of(given, "windows")):
+        _check_names(f"windows[{index}].", window, Window)
+    _check_names("deadlines.", _of(given, "deadlines"), DEADLINES)
+    _check_names("quality.", _of(given, "quality"), Rules)
     read_rules(settings.quality)
     return given
+
+
+def _of(given: Mapping[str, Any], name: str) -> Any:
+    return given.get(name, ())
+
+
+def _check_names(prefix: str, given: Iterable[str], known: type[msgspec.Struct] | Iterable[str]) -> None:
+    """Nodes pass over what they do not know: a slip of the pen would quietly count for nothing."""
+    names = known.__struct_fields__ if isinstance(known, type) else tuple(known)
+    for name in given:
+        if name not in names:
+            raise InvalidRequest(f"{prefix}{name[:60]}: no such setting; there are {', '.join(names)}")

@@ -124,6 +124,46 @@ class PolicyOut(PolicyStored):
     policy: dict[str, object]
 
 
+class SettingsStored(BaseModel):
+    """`scope`: `tenant:<name>` or `node:<id>`."""
+
+    scope: str
+    revision: int
+
+
+class SettingsOut(SettingsStored):
+    settings: dict[str, object]
+
+
+class SoftwareOut(BaseModel):
+    version: str
+    wheels: list[str]
+    withdrawn: bool
+
+
+class SoftwareList(BaseModel):
+    items: list[SoftwareOut]
+
+
+class SoftwareTargetIn(Input):
+    """`tenant`: `*` = every tenant. `selector`: label -> value, `id`, `tier` and `group` included; empty = every node."""
+
+    tenant: Annotated[str, Field(pattern=r"^(\*|[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?)$")] = "*"
+    selector: Annotated[dict[Label, Value], Field(max_length=MAX_LABELS, examples=[{"tier": "edge"}])]
+    version: Annotated[str, Field(max_length=64, examples=["0.2.0"])]
+
+
+class SoftwareTargetOut(BaseModel):
+    name: str
+    tenant: str
+    selector: dict[str, str]
+    version: str
+
+
+class SoftwareTargetList(BaseModel):
+    items: list[SoftwareTargetOut]
+
+
 class NodeIn(Input):
     """`id` is `tenant.node`; labels are what selectors match, `id`, `tier` and `group` are given already."""
 
@@ -180,11 +220,15 @@ class BrokerUser(BaseModel):
 
 
 class BrokerAccess(BaseModel):
-    """What the broker must know: `acl` and `passwords` are the contents of mosquitto's acl_file and password_file."""
+    """What the broker must know: `acl`, `passwords`, `bundle` and `revocations` are the contents of mosquitto's acl_file,
+    password_file, cafile and crlfile. `version` names all of it: send it back as `have` once the broker works by it."""
 
+    version: str
     users: list[BrokerUser]
     acl: str
     passwords: str
+    bundle: str
+    revocations: str
 
 
 class Health(BaseModel):

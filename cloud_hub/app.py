@@ -15,7 +15,19 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from cloud_hub import api_blobs, api_deployments, api_nodes, api_packages, api_policies
+from cloud_hub import (
+    api_blobs,
+    api_bundles,
+    api_deployments,
+    api_doctor,
+    api_enrolment,
+    api_events,
+    api_nodes,
+    api_packages,
+    api_policies,
+    api_settings,
+    api_software,
+)
 from cloud_hub.api_context import OpenHub
 from cloud_hub.api_types import ErrorBody, Health, Readiness
 from cloud_hub.gate import Application, Gate, status_of
@@ -24,6 +36,8 @@ from models.errors import InvalidRequest, TierlineError
 from models.manifest import Manifest
 from models.policy import Policy
 from sync.errors import SyncError
+from sync.settings import Settings
+from sync.software import Software
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 503)
@@ -65,7 +79,19 @@ def create_api(hub: Hub) -> FastAPI:
     )
     api.state.hub = hub
     api.include_router(health)
-    for module in (api_packages, api_deployments, api_policies, api_nodes, api_blobs):
+    for module in (
+        api_packages,
+        api_deployments,
+        api_policies,
+        api_nodes,
+        api_blobs,
+        api_bundles,
+        api_doctor,
+        api_enrolment,
+        api_events,
+        api_settings,
+        api_software,
+    ):
         api.include_router(module.router, dependencies=SECURED)
     for kind in (TierlineError, SyncError):
         api.add_exception_handler(kind, _answer)
@@ -114,7 +140,7 @@ def _describe_msgspec_bodies(api: FastAPI) -> None:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
             _, components = msgspec.json.schema_components(
-                (Manifest, Policy), ref_template="#/components/schemas/{name}"
+                (Manifest, Policy, Settings, Software), ref_template="#/components/schemas/{name}"
             )
             document["components"]["schemas"] |= components
             api.openapi_schema = document

@@ -42,6 +42,10 @@ class Blobs:
         for left_over in (root / "staging").iterdir():
             left_over.unlink()
 
+    def path(self, digest: str) -> Path:
+        """Where a file lies, or would."""
+        return self._root / _key(digest)
+
     async def size(self, digest: str) -> int | None:
         """Bytes of a file, None when it is not here."""
         try:

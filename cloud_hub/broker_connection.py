@@ -7,7 +7,8 @@ import ssl
 import tempfile
 from pathlib import Path
 
-from cloud_hub.authority import Authority, new_key, private_pem
+from cloud_hub.authority import Authority
+from cloud_hub.certificate_parts import new_key, private_pem
 from cloud_hub.certificates import HubCertificates
 from sync.channel import LinkOptions, Will, broker_address
 from sync.clock import Clock

@@ -17,7 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from cloud_hub.authority import Authority, Certificate, PublicKey, general_names, new_key, private_pem
+from cloud_hub.authority import Authority, Certificate
+from cloud_hub.certificate_parts import new_key, private_pem
+from cloud_hub.certificate_requests import PublicKey, general_names
 from cloud_hub.files import write_whole
 from sync.clock import Clock
 from sync.errors import InvalidConfig
@@ -61,7 +63,8 @@ class HubCertificates:
             await self._clock.sleep(random.uniform(0.5, 1.5) * CHECK_SECONDS)  # noqa: S311 - jitter, not a secret
             try:
                 await asyncio.to_thread(self.refresh)
-            except (OSError, InvalidConfig):
+            except Exception:
+                # Whatever it was: this loop is all that keeps the hub's certificates from running out.
                 log.exception("the hub's own certificates could not be renewed; tried again within two hours")
 
     def _keep(

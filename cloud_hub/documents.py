@@ -13,17 +13,22 @@ import msgspec
 from cloud_hub.keys import DOCUMENT_KINDS, HubKeys
 from cloud_hub.records import Issued, Records
 from cloud_hub.rollout import Deployment, Node, PackageRef, Standing, desired_models
+from cloud_hub.software_records import SLOT
 from models.desired import Assignment, Desired, assignment_of, decode_desired, digests_of, encode_desired
 from models.errors import InvalidRequest, NotFound, TooLarge
 from models.manifest import Blob, decode_manifest
 from sync.clock import Clock
 from sync.errors import Replayed
 from sync.messages import MAX_MESSAGE_BYTES, Document, Envelope, decode
+from sync.software import decode_software
 from sync.topics import tenant_of
 from sync.trust import MAX_REVISION, digest_of, sign
 
 MAX_REVISION_JUMP = 1_000_000
 """A report further above our own revision is a lie or a fault: believing it would let one node burn its tenant's revisions."""
+
+UPGRADED = ("edge",)
+"""Tiers whose own software is upgraded: a device's is part of its application, a worker's comes with the hub's."""
 
 
 def node_scope(node_id: str) -> str:
@@ -91,12 +96,34 @@ class Documents:
         body = msgspec.json.encode({**given, "of": what}, order="sorted")
         return self._issue(records, "settings", scope, body, ())[0]
 
+    def software(self, records: Records, nodes: Sequence[Node]) -> list[Issued]:
+        """Bring each edge node's software document up to date; the ones that changed. Without a target it keeps what it has.
+
+        Raises Conflict for two equally specific targets.
+        """
+        targets, found = records.software.targets(), []
+        for node in nodes:
+            if node.tier not in UPGRADED:
+                continue
+            ref = desired_models(node, targets).get(SLOT)
+            body = None if ref is None else records.software.body(ref.version)
+            if body is not None:
+                digests = tuple(sorted(wheel.digest for wheel in decode_software(body).wheels))
+                issued, changed = self._issue(records, "software", node_scope(node.id), body, digests)
+                if changed:
+                    found.append(issued)
+        return found
+
     def again(self, records: Records, kind: str, scope: str) -> Issued:
         """The same statement under a fresh revision, when a report burnt its old one."""
         old = records.document(kind, scope)
         if old is None:
             raise NotFound(f"no {kind} document for {scope}")
-        digests = digests_of(decode_desired(old.body)) if kind == "desired" else ()
+        digests: tuple[str, ...] = ()
+        if kind == "desired":
+            digests = digests_of(decode_desired(old.body))
+        elif kind == "software":
+            digests = tuple(sorted(wheel.digest for wheel in decode_software(old.body).wheels))
         return self._issue(records, kind, scope, old.body, digests)[0]
 
     def _desired_of(

@@ -26,14 +26,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from msgspec.structs import replace
 
 from cloud_hub.auth import hash_token
-from cloud_hub.authority import Authority, Certificate, PublicKey, general_names, key_fingerprint, read_request
+from cloud_hub.authority import Authority, Certificate
+from cloud_hub.certificate_requests import PublicKey, general_names, key_fingerprint, read_request
 from cloud_hub.documents import Documents, node_scope
 from cloud_hub.errors import Conflict, Forbidden
 from cloud_hub.identity_records import Invitation, Known
 from cloud_hub.records import Issued, Records
 from cloud_hub.rollout import Node
 from cloud_hub.storage import Storage
-from models.errors import InvalidRequest, NotFound, Unauthenticated
+from models.errors import InvalidRequest, NotFound, TryAgain, Unauthenticated
 from sync.clock import Clock
 from sync.enrol_messages import Enrol, Enrolled, Leave, Renew, Token, proof_bytes, read_token
 from sync.errors import Malformed
@@ -44,6 +45,12 @@ NONCE_SECONDS = 120.0
 MAX_NONCES = 20_000
 """Nonces remembered as used. A storm of more renewals within two minutes only makes the oldest usable twice, by their owner."""
 MAX_NAMES = 16
+MAX_CERTIFICATES = 12
+"""Certificates of one node within an hour. It needs one in two days; each that is not used any more stands on the revocation
+list for a week, and everybody whose answers are lost comes again after minutes."""
+HOUR = 3600.0
+FORMER_KEYS = 8
+"""Newest ended keys of a node that a refused proof is compared with."""
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +104,8 @@ class Enrolment:
         return token
 
     def enrol(self, request: Enrol) -> tuple[Enrolled, list[Issued]]:
-        """A certificate for a token, once; and the documents the new node changes.
+        """A certificate for a token, once; and the documents the new node changes. Whoever used it may ask again with the same
+        key, in case the answer was lost, while the token is young.
 
         Raises Unauthenticated for a token that is unknown, used or over, Conflict for a key that was used before (a clone),
         Forbidden for another machine than the token is for, InvalidRequest naming the field.
@@ -113,21 +121,28 @@ class Enrolment:
             if found is None:
                 raise Unauthenticated("the token is not known here")
             invitation, used = found
-            if used or now > invitation.expires:
+            if now > invitation.expires:
                 raise Unauthenticated(
                     "the token was used before" if used else "the token is too old: ask for a new one"
                 )
             if invitation.hardware is not None and invitation.hardware != request.hardware:
                 raise Forbidden("the token is for a machine with another serial number")
-            if records.identities.by_key(fingerprint):
+            earlier = records.identities.by_key(fingerprint)
+            if used:
+                member = records.member(invitation.node)
+                others = [each for each in earlier if each.node != invitation.node or each.ended]
+                if member is None or not earlier or others:
+                    raise Unauthenticated("the token was used before")
+                certificate = self._certify(records, key, invitation.node, invitation.names, now)
+                return self._answer(records, member.node, certificate), []
+            if earlier:
                 raise Conflict(
                     "the key was enrolled before: every node makes its own, also one that is a copy of another"
                 )
             if not records.identities.use(token, now):
                 raise Unauthenticated("the token was used before")
             records.identities.admit(invitation.node)
-            node = Node(invitation.node, invitation.tier, invitation.labels, invitation.groups)
-            changed = self._register(records, node, now)
+            node, changed = self._register(records, invitation, now)
             certificate = self._certify(records, key, node.id, invitation.names, now)
             return self._answer(records, node, certificate), changed
 
@@ -164,7 +179,8 @@ class Enrolment:
         """Refuse a node from now on. Raises NotFound."""
         now = self._clock.wall()
         with self._storage.write() as records:
-            if records.member(node_id) is None:
+            # Also of a node that was only invited: a token that went astray must not open anything.
+            if not records.identities.uninvite(node_id) and records.member(node_id) is None:
                 raise NotFound(f"no node {node_id!r}")
             records.identities.keep_only(node_id, set(), now)
             records.identities.deny(node_id, reason, now)
@@ -197,19 +213,37 @@ class Enrolment:
             if is_signed(known.public_key, proof, message):
                 self._nonces.use(node, nonce)
                 return known
+        for known in records.identities.former(node, FORMER_KEYS):
+            if is_signed(known.public_key, proof, message):
+                # A node throws a key away when its successor works: whoever still has this one was copied, or is the copy.
+                log.warning(
+                    "%s showed a key that it had replaced: there is a copy of it, or it was restored from one", node
+                )
+                raise Unauthenticated(
+                    "this key was replaced by a newer one: is there a copy of this node? Enrol it again"
+                )
         raise Unauthenticated("the proof does not hold: no key known of this node made it")
 
-    def _register(self, records: Records, node: Node, now: float) -> list[Issued]:
+    def _register(self, records: Records, invitation: Invitation, now: float) -> tuple[Node, list[Issued]]:
+        """The node as it is from now on. One that was known before keeps the labels and groups of which the invitation says
+        nothing: it comes back by a token for its id alone."""
         # The hash of nothing that anybody knows: a node with a certificate has no token, and one it had ends.
         nothing = hash_token(secrets.token_urlsafe(32))
-        if records.member(node.id) is None:
+        before = records.member(invitation.node)
+        if before is None:
+            node = Node(invitation.node, invitation.tier, invitation.labels, invitation.groups)
             records.add_node(node, nothing, "", now)
         else:
+            labels, groups = invitation.labels or before.node.labels, invitation.groups or before.node.groups
+            node = Node(invitation.node, invitation.tier, labels, groups)
+            records.identities.describe(node)
             records.set_token(node.id, nothing, "")
         changed = self._documents.settings(records, [node]) + self._documents.desired(records, [node])
-        return changed + self._documents.software(records, [node])
+        return node, changed + self._documents.software(records, [node])
 
     def _certify(self, records: Records, key: PublicKey, node_id: str, names: Sequence[str], now: float) -> Certificate:
+        if records.identities.issued_since(node_id, now - HOUR) >= MAX_CERTIFICATES:
+            raise TryAgain(f"{node_id} had {MAX_CERTIFICATES} certificates within an hour")
         certificate = self.authority.issue_node(key, node_id, names, now)
         records.identities.add(
             Known(
@@ -238,7 +272,7 @@ class Enrolment:
             groups=node.groups,
             brokers=self.public.brokers,
             sources=self.public.sources,
-            fleet=len(records.nodes()),
+            fleet=records.identities.fleet(),
             time=self._clock.wall(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import msgspec
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, Integer, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from cloud_hub.event_tables import AlarmRow, DeadLetterRow, EventCountRow, EventRow, EventStreamRow
@@ -21,6 +21,12 @@ MAX_KINDS = 128
 OTHER = "(other)"
 MAX_ALARMS = 256
 """Names of alarms of one node."""
+WEIGHT_BYTES = 4 * 1024
+"""An event counts once for each of these that its body begins: what is kept is bounded in bytes too."""
+MAX_IDS = 200_000
+"""Events of one node that are remembered at all: twice what its outbox holds. A node may claim that everything still waits."""
+
+_WEIGHT = 1 + func.length(EventRow.body, type_=Integer) // WEIGHT_BYTES
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -169,13 +175,46 @@ class EventRecords:
 
     # --- forgetting ---
 
-    def prune(self, before: float, most: int, limit: int) -> int:
-        """Forget events received before `before` and those beyond the newest `most`, `limit` at a time; how many went.
+    def crowded(self, most: int) -> dict[str, tuple[int, int]]:
+        """Nodes with more than their share of `most` -> the positions up to which their events, and their ids, are too many."""
+        query = select(EventRow.node, func.sum(_WEIGHT), func.count()).group_by(EventRow.node)
+        found = {node: (int(weight), int(rows)) for node, weight, rows in self._session.execute(query)}
+        share = fair_share([weight for weight, _ in found.values()], most)
+        return {
+            node: (
+                0 if share is None or weight <= share else self._last_beyond(node, share),
+                0 if rows <= MAX_IDS else self._last_id_beyond(node),
+            )
+            for node, (weight, rows) in found.items()
+            if rows > MAX_IDS or (share is not None and weight > share)
+        }
+
+    def _last_beyond(self, node: str, share: int) -> int:
+        newer = func.sum(_WEIGHT).over(order_by=EventRow.position.desc()).label("newer")
+        mine = select(EventRow.position, newer).where(EventRow.node == node).subquery()
+        return self._session.scalar(select(func.max(mine.c.position)).where(mine.c.newer > share)) or 0
+
+    def _last_id_beyond(self, node: str) -> int:
+        mine = select(EventRow.position).where(EventRow.node == node).order_by(EventRow.position.desc())
+        return self._session.scalar(mine.limit(1).offset(MAX_IDS)) or 0
+
+    def prune_received_before(self, before: float, limit: int) -> bool:
+        """Forget events received before `before` (Unix seconds), `limit` at a time; whether there may be more.
 
         One whose repetition may still come loses its body and keeps its id: see `cloud_hub.watermark`.
         """
-        newest = self._session.scalar(select(func.max(EventRow.position))) or 0
-        old = (EventRow.received < before) | (EventRow.position <= newest - most)
+        return self._prune(EventRow.received < before, limit)
+
+    def prune_node(self, node: str, last: int, last_id: int, limit: int) -> bool:
+        """Forget a node's events up to position `last` likewise, and those up to `last_id` with their ids."""
+        mine = EventRow.node == node
+        ids = list(
+            self._session.scalars(select(EventRow.position).where(mine, EventRow.position <= last_id).limit(limit))
+        )
+        self._session.execute(delete(EventRow).where(EventRow.position.in_(ids)))
+        return self._prune(mine & (EventRow.position <= last), limit) or len(ids) == limit
+
+    def _prune(self, old: ColumnElement[bool], limit: int) -> bool:
         settled = (
             select(EventRow.position)
             .join(EventStreamRow, EventStreamRow.node == EventRow.node)
@@ -184,8 +223,17 @@ class EventRecords:
         )
         gone = list(self._session.scalars(settled))
         self._session.execute(delete(EventRow).where(EventRow.position.in_(gone)))
-        unsettled = select(EventRow.position).where(old, EventRow.body != b"").limit(limit)
-        self._session.execute(
-            update(EventRow).where(EventRow.position.in_(list(self._session.scalars(unsettled)))).values(body=b"")
-        )
-        return len(gone)
+        unsettled = list(self._session.scalars(select(EventRow.position).where(old, EventRow.body != b"").limit(limit)))
+        self._session.execute(update(EventRow).where(EventRow.position.in_(unsettled)).values(body=b""))
+        return limit in (len(gone), len(unsettled))
+
+
+def fair_share(weights: Collection[int], most: int) -> int | None:
+    """The largest share that all may have so that together they have at most `most`; None = everybody keeps everything."""
+    left = most
+    for index, weight in enumerate(sorted(weights)):
+        takers = len(weights) - index
+        if weight * takers > left:
+            return left // takers
+        left -= weight
+    return None

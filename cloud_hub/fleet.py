@@ -1,6 +1,7 @@
 """What the nodes say. Decoded and bounded here; garbage and strangers are counted, never fatal.
 
-Nothing heard is trusted for more than showing it and deciding what to send again.
+Nothing heard is trusted for more than showing it and deciding what to send again. Reports are kept as the bytes received: a
+field of a later release is not lost here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-
-import msgspec
 
 from cloud_hub.records import PRESENT, Observation
 from cloud_hub.storage import Storage
@@ -33,22 +32,48 @@ log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Remembers what nodes say. `counts`: garbage, unknown, event, stored."""
+    """Remembers what nodes say. `counts`: garbage, unknown, event, stored. `events` takes payloads of `up/event`,
+    `answers` those of `up/rpc`, `blocks` those of `up/block`."""
 
-    def __init__(self, storage: Storage, clock: Clock) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Clock,
+        events: Callable[[str, bytes], None] | None = None,
+        answers: Callable[[str, bytes], None] | None = None,
+        blocks: Callable[[str, bytes], None] | None = None,
+    ) -> None:
         self._storage = storage
         self._clock = clock
+        self._events = events
+        self._answers = answers
+        self._blocks = blocks
         # The newest of each (node, leaf), so it is bounded by the registered nodes and a burst loses nothing that counts.
         self._waiting: dict[tuple[str, str], Observation] = {}
         self._arrived = asyncio.Event()
         self._in_hand: list[Observation] = []
         with storage.read() as records:
-            self._known = {node.id for node in records.nodes()}
+            self._known = {node.id for node in records.nodes()} - records.identities.denied().keys()
         self.counts: Counter[str] = Counter()
+
+    @property
+    def size(self) -> int:
+        """How many nodes are listened to."""
+        return len(self._known)
+
+    def knows(self, node_id: str) -> bool:
+        """Whether a node is listened to."""
+        return node_id in self._known
 
     def admit(self, node_id: str) -> None:
         """Listen to a node that was registered just now."""
         self._known.add(node_id)
+
+    def deny(self, node_id: str) -> None:
+        """Hear nothing of a node from now on, what waits to be written included."""
+        self._known.discard(node_id)
+        for key in [key for key in self._waiting if key[0] == node_id]:
+            del self._waiting[key]
 
     async def listen(self, link: LinkLike) -> None:
         """Take in everything that arrives, until the link closes."""
@@ -84,10 +109,22 @@ class Fleet:
                 raise Malformed(f"state: {state.state[:40]!r} is none of {', '.join(STATES)}")
             return Observation(node_id, now, state=state.state, boot=state.boot)
         if leaf == "reported":
-            return Observation(node_id, now, reported=msgspec.json.encode(_bounded(decode(payload, Reported))))
+            _check_bounds(decode(payload, Reported))
+            return Observation(node_id, now, reported=payload)
         if leaf == "caps":
-            return Observation(node_id, now, capabilities=msgspec.json.encode(decode(payload, Capabilities)))
+            decode(payload, Capabilities)
+            return Observation(node_id, now, capabilities=payload)
+        if leaf == "rpc":
+            if self._answers is not None:
+                self._answers(node_id, payload)
+            return None
+        if leaf == "block":
+            if self._blocks is not None:
+                self._blocks(node_id, payload)
+            return None
         self.counts["event"] += 1
+        if leaf == "event" and self._events is not None:
+            self._events(node_id, payload)
         return None
 
     async def remember(self, heard: Callable[[Sequence[str]], None]) -> None:
@@ -113,8 +150,7 @@ class Fleet:
                 records.observe(observation)
 
 
-def _bounded(reported: Reported) -> Reported:
+def _check_bounds(reported: Reported) -> None:
     for field in ("documents", "running", "refused"):
         if len(getattr(reported, field)) > MAX_RUNNING:
             raise Malformed(f"{field}: more than {MAX_RUNNING} entries")
-    return reported

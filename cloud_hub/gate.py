@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -22,6 +23,10 @@ MAX_BODY_BYTES = 1024 * 1024
 """Largest body of anything but a blob: manifests and policies are a quarter of it at most."""
 BODY_SECONDS = 30.0
 """How long a body of that size may take to arrive, and how long a blob's next piece may."""
+OPEN_BODY_SECONDS = 10.0
+MAX_OPEN_BODIES = 16
+"""How long a body from somebody unknown may take, and how many may be on their way from one address: whoever sends slowly must
+not keep others from renewing."""
 MAX_OPEN_BODY_BYTES = 16 * 1024
 """Largest body from somebody unknown: a certificate request and a token."""
 MAX_OPEN_CALLS = 64
@@ -44,26 +49,19 @@ class Gate:
         self._application = application
         self._tokens = tokens
         self._open_calls = 0
+        self._open_bodies: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
         stranger = scope["path"] in IDENTITY_PATHS
-        if stranger and self._open_calls >= MAX_OPEN_CALLS:
-            await refuse(send, TryAgain("too many nodes enrol or renew at this moment"))
-            return
-        self._open_calls += stranger
-        try:
-            await self._pass(scope, receive, send, MAX_OPEN_BODY_BYTES if stranger else MAX_BODY_BYTES)
-        finally:
-            self._open_calls -= stranger
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
         try:
             scope.setdefault("state", {})["principal"] = await self._admit(scope)
-            if not scope["path"].startswith(STREAMED):
-                receive = _replay(await _read_body(receive, limit), receive)
+            if stranger:
+                receive = await self._hear_stranger(scope, receive)
+            elif not scope["path"].startswith(STREAMED):
+                receive = _replay(await _read_body(receive, MAX_BODY_BYTES, BODY_SECONDS), receive)
         except TierlineError as error:
             await refuse(send, error)
             return
@@ -71,7 +69,27 @@ class Gate:
             log.exception("the gate failed")
             await refuse(send, TierlineError("internal error"))
             return
-        await self._application(scope, receive, send)
+        self._open_calls += stranger
+        try:
+            await self._application(scope, receive, send)
+        finally:
+            self._open_calls -= stranger
+
+    async def _hear_stranger(self, scope: Scope, receive: Receive) -> Receive:
+        """The body first, and only then a place among those who cost the hub something."""
+        address = str((scope.get("client") or ("",))[0])
+        if self._open_bodies[address] >= MAX_OPEN_BODIES:
+            raise TryAgain("too many requests are on their way from this address")
+        self._open_bodies[address] += 1
+        try:
+            receive = _replay(await _read_body(receive, MAX_OPEN_BODY_BYTES, OPEN_BODY_SECONDS), receive)
+        finally:
+            self._open_bodies[address] -= 1
+            if not self._open_bodies[address]:
+                del self._open_bodies[address]
+        if self._open_calls >= MAX_OPEN_CALLS:
+            raise TryAgain("too many nodes enrol or renew at this moment")
+        return receive
 
     async def _admit(self, scope: Scope) -> Principal | None:
         roles = roles_for(scope["path"])
@@ -122,19 +140,19 @@ def _bearer(scope: Scope) -> str | None:
     return None
 
 
-async def _read_body(receive: Receive, limit: int) -> list[Message]:
+async def _read_body(receive: Receive, limit: int, seconds: float) -> list[Message]:
     """The whole body as the events it came in. Raises TooLarge, or InvalidRequest when it is slow."""
     events: list[Message] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             while not events or events[-1].get("more_body", False):
                 events.append(await receive())
                 size += len(events[-1].get("body", b""))
                 if size > limit:
                     raise TooLarge(f"the body has more than {limit} bytes")
     except TimeoutError as error:
-        raise InvalidRequest(f"the body did not arrive within {BODY_SECONDS:g} s") from error
+        raise InvalidRequest(f"the body did not arrive within {seconds:g} s") from error
     return events
 
 

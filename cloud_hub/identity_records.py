@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import msgspec
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import CursorResult, delete, func, select, update
 from sqlalchemy.orm import Session
 
+from cloud_hub.rollout import Node
 from cloud_hub.tables import CertificateRow, DenialRow, InvitationRow, NodeRow
 
 NODE_KEYS = 2
@@ -48,9 +49,7 @@ class IdentityRecords:
 
     def invite(self, token_hash: str, invitation: Invitation, at: float) -> None:
         """A new invitation takes the place of unused older ones of the same node."""
-        self._session.execute(
-            delete(InvitationRow).where(InvitationRow.node == invitation.node, InvitationRow.used == 0)
-        )
+        self.uninvite(invitation.node)
         row = msgspec.structs.asdict(invitation) | {"groups": list(invitation.groups), "names": list(invitation.names)}
         self._session.add(InvitationRow(token_hash=token_hash, created=at, **row))
         self._session.flush()
@@ -70,6 +69,11 @@ class IdentityRecords:
         query = update(InvitationRow).where(InvitationRow.token_hash == token_hash, InvitationRow.used == 0)
         return cast(CursorResult[Any], self._session.execute(query.values(used=at))).rowcount == 1
 
+    def uninvite(self, node: str) -> bool:
+        """End what was not used yet. False when there was nothing."""
+        query = delete(InvitationRow).where(InvitationRow.node == node, InvitationRow.used == 0)
+        return cast(CursorResult[Any], self._session.execute(query)).rowcount > 0
+
     def forget_invitations(self, before: float) -> None:
         """Drop those that ended before `before`."""
         self._session.execute(delete(InvitationRow).where(InvitationRow.expires < before))
@@ -87,6 +91,15 @@ class IdentityRecords:
     def current(self, node: str) -> list[Known]:
         """Those whose keys count as the node's, newest first."""
         return self._found(CertificateRow.node == node, CertificateRow.ended == 0)
+
+    def former(self, node: str, limit: int) -> list[Known]:
+        """The newest of those whose keys do not count any more."""
+        return self._found(CertificateRow.node == node, CertificateRow.ended > 0)[:limit]
+
+    def issued_since(self, node: str, at: float) -> int:
+        """How many certificates the node got since `at`."""
+        query = select(func.count()).where(CertificateRow.node == node, CertificateRow.issued > at)
+        return self._session.scalar(query) or 0
 
     def keep_only(self, node: str, fingerprints: set[str], at: float) -> None:
         """End every other key of the node."""
@@ -141,6 +154,15 @@ class IdentityRecords:
         self._session.execute(delete(DenialRow).where(DenialRow.node == node))
 
     # --- nodes ---
+
+    def fleet(self) -> int:
+        """How many nodes are registered."""
+        return self._session.scalar(select(func.count()).select_from(NodeRow)) or 0
+
+    def describe(self, node: Node) -> None:
+        """Replace what is known of a registered node by what an invitation says."""
+        values = {"tier": node.tier, "labels": dict(node.labels), "groups": list(node.groups)}
+        self._session.execute(update(NodeRow).where(NodeRow.id == node.id).values(**values))
 
     def forget_node(self, node: str) -> None:
         """Remove what was said by and about a node. Its certificates' rows stay: their keys must not come back."""

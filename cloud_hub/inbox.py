@@ -13,6 +13,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -40,9 +41,12 @@ PACKETS_PER_SECOND, PACKET_BURST = 100.0, 400.0
 BYTES_PER_SECOND, BYTE_BURST = 1024 * 1024.0, 4 * 1024 * 1024.0
 RETENTION_SECONDS = 30 * 86_400.0
 MAX_EVENTS = 1_000_000
-"""Events kept: of these days, and at most so many."""
+"""Events kept: of these days, and at most so many; above it those go first that have the most."""
 PRUNE_SECONDS = 600.0
 PRUNE_BATCH = 5_000
+"""Rows of one transaction: others want to write too."""
+PRUNE_BATCHES, PRUNE_AGAIN_SECONDS = 5, 5.0
+"""Transactions before events are taken in again, and when to go on."""
 MAX_ALARM_CHARS = 64
 
 Effect = Callable[[EventRecords, str, Event], None]
@@ -125,6 +129,7 @@ class Inbox:
         self._allowances: dict[str, _Allowance] = {}
         self._arrived = asyncio.Event()
         self._in_hand: list[Packet] = []
+        self._began = (clock.wall(), clock.monotonic())
         self._prune_at = clock.monotonic() + PRUNE_SECONDS
 
     def hear(self, node: str, payload: bytes) -> None:
@@ -162,8 +167,8 @@ class Inbox:
                 self.counts[what] += count
             self._answer(answers, fleet())
             if self._clock.monotonic() >= self._prune_at:
-                await asyncio.to_thread(self._prune)
-                self._prune_at = self._clock.monotonic() + PRUNE_SECONDS
+                more = await asyncio.to_thread(self._prune)
+                self._prune_at = self._clock.monotonic() + (PRUNE_AGAIN_SECONDS if more else PRUNE_SECONDS)
 
     def _take(self) -> None:
         for _ in range(min(MAX_BATCH - len(self._in_hand), len(self._waiting))):
@@ -290,8 +295,22 @@ class Inbox:
     def _put_aside(self, records: EventRecords, packet: Packet, reason: str, answers: _Answers) -> None:
         self._refuse(records, packet, "", "", reason, packet.payload, answers)
 
-    def _prune(self) -> None:
-        before = self._clock.wall() - RETENTION_SECONDS
-        with self._storage.write() as records:
-            while records.events.prune(before, MAX_EVENTS, PRUNE_BATCH) == PRUNE_BATCH:
-                pass
+    def _prune(self) -> bool:
+        """Whether there may be more to forget."""
+        wall, monotonic = self._began
+        # A clock that is set ahead makes nothing old.
+        before = min(self._clock.wall(), wall + self._clock.monotonic() - monotonic) - RETENTION_SECONDS
+        with self._storage.read() as records:
+            crowded = records.events.crowded(MAX_EVENTS)
+        steps: deque[Callable[[EventRecords], bool]] = deque(
+            partial(EventRecords.prune_node, node=node, last=last, last_id=last_id, limit=PRUNE_BATCH)
+            for node, (last, last_id) in crowded.items()
+        )
+        steps.append(partial(EventRecords.prune_received_before, before=before, limit=PRUNE_BATCH))
+        for _ in range(PRUNE_BATCHES):
+            if not steps:
+                break
+            with self._storage.write() as records:
+                if not steps[0](records.events):
+                    steps.popleft()
+        return bool(steps)

@@ -4,7 +4,7 @@
     targets                  that bins' key and the documents' keyring count
     bins                     which files are approved
     snapshot, timestamp      that this is the newest state
-    documents                desired documents, policies, settings (see `sync.trust`)
+    documents                desired documents, policies, settings, software (see `sync.trust`)
 
 The public half of every key stands in the root metadata or the keyring; a private half that is missing here only means that
 this machine can't sign for the role.
@@ -20,7 +20,7 @@ from cloud_hub.files import write_whole
 from sync.errors import Malformed
 from sync.trust import Key, Keyring, SigningKey, decode_keyring, encode_keyring
 
-DOCUMENT_KINDS = ("desired", "policy", "settings")
+DOCUMENT_KINDS = ("desired", "policy", "settings", "software")
 ROOT_KEYS = ("root-1", "root-2", "root-3")
 ROOT_THRESHOLD = 2
 """One stolen or lost root key changes nothing."""
@@ -77,8 +77,16 @@ def metadata_folder(data: Path) -> Path:
 
 
 def has_repository(data: Path) -> bool:
-    """Whether a root was ever made here."""
-    return any(metadata_folder(data).glob("*.root.json"))
+    """Whether a root was ever made here. Raises Malformed when there was one and its folder is lost: another would orphan
+    every node."""
+    if any(metadata_folder(data).glob("*.root.json")):
+        return True
+    if root_path(data).exists():
+        raise Malformed(
+            f"{metadata_folder(data)} has no root metadata and {root_path(data)} says that it had: restore it from a backup,"
+            " every node needs it"
+        )
+    return False
 
 
 def root_path(data: Path) -> Path:
@@ -142,7 +150,9 @@ def _keyring(folder: Path, documents: SigningKey) -> Keyring:
             keyring = decode_keyring(path.read_bytes())
         except Malformed as error:
             raise Malformed(f"{path}: {error}") from error
-        if keyring.find(documents.kid) is not None:
+        key = keyring.find(documents.kid)
+        # A release may add kinds; without the targets key here nobody would believe the longer list, and the old one serves.
+        if key is not None and (set(DOCUMENT_KINDS) <= set(key.kinds) or not (folder / "targets.key").exists()):
             return keyring
     else:
         keyring = None

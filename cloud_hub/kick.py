@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 
 from sync.clock import Clock
 from sync.errors import SyncError
@@ -42,11 +42,13 @@ class Kicker:
         self._due[node_id] = [now + seconds for seconds in WHEN]
         self._wake.set()
 
-    def broker_knows(self) -> None:
-        """The broker works by a list that names everybody revoked so far."""
+    def broker_knows(self, refused: Container[str]) -> None:
+        """The broker works by a list that refuses these. Who was revoked after the list was read is not among them: ended now,
+        its connection would be back at once."""
         now = self._clock.monotonic()
         for node_id in self._due:
-            self._due[node_id] = [now]
+            if node_id in refused:
+                self._due[node_id] = [now]
         self._wake.set()
 
     def readmit(self, node_id: str) -> None:

@@ -29,6 +29,7 @@ SWEEP_SECONDS = 300.0
 BURST = 100
 """Documents sent before pausing `PAUSE_SECONDS`: a fleet coming back must not starve a policy that is pushed meanwhile."""
 PAUSE_SECONDS = 0.05
+ORDER = ("policy", "settings", "desired", "software")
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Publisher:
         self._due: dict[str, float] = {}
         self._unproven: dict[str, float] = {}
         self._everything = False
+        self._fleet = 0
         # Not of `run`, which starts again after an error: errors that keep coming must not put off the sweep for ever.
         self._sweep_at = self._next_sweep()
         self._wake = asyncio.Event()
@@ -222,27 +224,42 @@ class Publisher:
         return found
 
     async def _say_everything(self) -> None:
-        self._link.publish(HUB_STATE, encode(HubState(state="ready", epoch=self._epoch)), qos=1, retain=True)
+        self._say_state(await asyncio.to_thread(self._count))
         documents = await asyncio.to_thread(self._all)
         for start in range(0, len(documents), BURST):
             self.send(documents[start : start + BURST])
             await self._clock.sleep(PAUSE_SECONDS)
 
-    def _all(self) -> list[Issued]:
-        """Policies first: there are few of them and each speaks to many."""
+    def _say_state(self, fleet: int) -> None:
+        """Nodes spread what all of them do at once over a time that the size of the fleet gives."""
+        self._fleet = fleet
+        self._link.publish(
+            HUB_STATE, encode(HubState(state="ready", epoch=self._epoch, fleet=fleet)), qos=1, retain=True
+        )
+
+    def _count(self) -> int:
         with self._storage.read() as records:
-            return records.documents("policy") + records.documents("desired")
+            return len(records.nodes())
+
+    def _all(self) -> list[Issued]:
+        """Policies first: there are few of them and each speaks to many. Then settings: they say when models may change."""
+        with self._storage.read() as records:
+            return [document for kind in ORDER for document in records.documents(kind)]
 
     async def _sweep(self) -> None:
         """Also signs what should follow from the deployments and for whatever reason does not stand there yet."""
         nodes, changed = await asyncio.to_thread(self._recompute)
+        if abs(len(nodes) - self._fleet) > self._fleet // 10:
+            self._say_state(len(nodes))
         self.send(changed)
         self.heard(nodes)
 
     def _recompute(self) -> tuple[list[str], list[Issued]]:
         with self._storage.write() as records:
             nodes = records.nodes()
-            return [node.id for node in nodes], self._documents.desired(records, nodes)
+            changed = self._documents.settings(records, nodes) + self._documents.desired(records, nodes)
+            changed += self._documents.software(records, nodes)
+            return [node.id for node in nodes], changed
 
     def _next_sweep(self) -> float:
         return self._clock.monotonic() + self._uniform(0.5, 1.5) * SWEEP_SECONDS
@@ -259,10 +276,10 @@ class Publisher:
 
 
 def topic_of(document: Issued) -> str | None:
-    """Where a document travels; None for the catalogue, which is fetched over HTTP."""
+    """Where a document travels; None for a kind or scope that no topic is for."""
     what, _, name = document.scope.partition(":")
-    if document.kind == "desired" and what == "node":
-        return down(name, "desired")
+    if document.kind in ("desired", "settings", "software") and what == "node":
+        return down(name, document.kind)
     if document.kind == "policy" and what == "tenant":
         return tenant_policy(name)
     return None
@@ -270,7 +287,8 @@ def topic_of(document: Issued) -> str | None:
 
 def wanted_by(records: Records, member: Member) -> list[Issued]:
     """The newest documents that speak to a node."""
-    scopes = (("desired", node_scope(member.node.id)), ("policy", tenant_scope(tenant_of(member.node.id))))
+    node, tenant = node_scope(member.node.id), tenant_scope(tenant_of(member.node.id))
+    scopes = (("desired", node), ("settings", node), ("software", node), ("policy", tenant))
     return [document for kind, scope in scopes if (document := records.document(kind, scope)) is not None]
 
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 
+from cloud_hub.approvals import Approvals
 from cloud_hub.blobs import Blobs
-from cloud_hub.documents import Documents
 from cloud_hub.errors import Conflict
 from cloud_hub.records import Package
 from cloud_hub.rollout import PackageRef
 from cloud_hub.storage import Storage
-from models.errors import InvalidManifest
+from models.errors import InvalidManifest, NotFound
 from models.manifest import Blob, Manifest, decode_manifest
 from sync.clock import Clock
 from sync.trust import digest_of
 
 
 class Registry:
-    def __init__(self, storage: Storage, blobs: Blobs, documents: Documents, clock: Clock) -> None:
+    def __init__(self, storage: Storage, blobs: Blobs, approvals: Approvals, clock: Clock) -> None:
         self._storage = storage
         self._blobs = blobs
-        self._documents = documents
+        self._approvals = approvals
         self._clock = clock
 
     async def publish(self, manifest_bytes: bytes) -> tuple[Package, bool]:
-        """Approve a version; (it, whether it is new). The catalogue names its files from then on.
+        """Approve a version; (it, whether it is new). The update repository lists its files from then on.
 
         Raises InvalidManifest (also for a file that is missing or of another size), Conflict when the version exists with
         another manifest.
@@ -50,13 +50,33 @@ class Registry:
         files = {blob.digest: blob.size for blob in files_of(manifest).values()}
         with self._storage.write() as records:
             known = records.package(package.ref)
-            if known is not None:
-                if known.digest != package.digest:
-                    raise Conflict(f"package {package.ref} is published with other contents; publish a new version")
-                return known, False
-            records.add_package(package, {**files, package.digest: len(package.manifest)})
-            self._documents.catalog(records)
-            return package, True
+            if known is not None and known.digest != package.digest:
+                raise Conflict(f"package {package.ref} is published with other contents; publish a new version")
+            if known is not None and not records.is_approved(package.ref):
+                raise Conflict(f"package {package.ref} was withdrawn; publish a new version")
+            if known is None:
+                records.add_package(package, {**files, package.digest: len(package.manifest)})
+        # Also for one that is known: the last attempt may have ended between the database and the repository.
+        self._approvals.bring()
+        return known or package, known is None
+
+    async def unapprove(self, ref: PackageRef) -> None:
+        """Withdraw a version found bad: no node installs its files from then on, whatever a stolen envelope key says.
+
+        A node that runs it goes on running it until it is deployed something else. For good: publish a fix as a new version.
+        Raises NotFound, Conflict while a deployment names it.
+        """
+        await asyncio.to_thread(self._withdraw, ref)
+
+    def _withdraw(self, ref: PackageRef) -> None:
+        with self._storage.write() as records:
+            if records.package(ref) is None:
+                raise NotFound(f"package {ref} has not been published")
+            using = [entry.name for entry in records.deployments() if ref in entry.models.values()]
+            if using:
+                raise Conflict(f"package {ref} is named by deployment {using[0]!r}; deploy another version there first")
+            records.unapprove(ref)
+        self._approvals.bring()
 
 
 def files_of(manifest: Manifest) -> dict[str, Blob]:

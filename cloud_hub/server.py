@@ -21,6 +21,7 @@ from cloud_hub.certificates import HubCertificates
 from cloud_hub.enrolment import Public
 from cloud_hub.files import locked
 from cloud_hub.gate import Application
+from cloud_hub.http_bounds import BoundedHttp
 from cloud_hub.hub import Hub, new_epoch, open_hub
 from cloud_hub.keys import root_path
 from cloud_hub.publisher import hub_will
@@ -131,7 +132,8 @@ def check_loopback(field: str, host: str) -> None:
 
 def _public(options: HubOptions, listener: socket.socket) -> Public:
     """Under which addresses nodes are told to look for the hub and its broker."""
-    hosts = [f"[{name}]" if ":" in name else name for name in options.names]
+    names = [name.strip("[]") for name in options.names]
+    hosts = [f"[{name}]" if ":" in name else name for name in names]
     brokers = options.public_brokers or tuple(f"mqtts://{host}:8883" for host in hosts)
     if not brokers and broker_address(options.broker).tls:
         brokers = (options.broker,)
@@ -190,7 +192,7 @@ async def _serving(
 ) -> AsyncIterator[None]:
     config = uvicorn.Config(
         application,
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="off",
         log_config=None,

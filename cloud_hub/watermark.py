@@ -39,7 +39,8 @@ def heed(stream: Stream | None, packet: EventPacket) -> Stream:
         return Stream(packet.boot, packet.starts, packet.low)
     if packet.boot == stream.boot:
         return Stream(stream.boot, max(stream.starts, packet.starts), max(stream.low, packet.low), stream.past)
-    if packet.boot in stream.past and packet.starts <= stream.starts:
+    if packet.boot in stream.past:
+        # However high its count: after a machine was restored from a copy, the old openings counted further.
         return stream
-    past = (*(name for name in stream.past if name != packet.boot), stream.boot)
+    past = (*stream.past, stream.boot)
     return Stream(packet.boot, packet.starts, packet.low, past[-MAX_PAST:])

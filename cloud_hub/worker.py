@@ -20,15 +20,20 @@ from models.errors import TierlineError
 from models.serving.assembly import Listening, caching, serving
 from models.serving.http.server import HttpServer
 from models.serving.local import Local
+from models.serving.meter.sources import watch_outbox
 from models.serving.policy_book import PolicyBook
 from models.serving.process import MAX_PORT, announce, configure_logging, port_number, run_until_stopped
+from models.serving.quality_watch import QualityWatch
 from models.serving.repository import Repository
 from models.serving.router import Router
+from models.serving.watched import Watched
 from sync.activation import Activator
+from sync.doctor.remote import offer_doctor
 from sync.errors import InvalidConfig, SyncError
 from sync.identity import LOOPBACK, Membership, load_config
 from sync.member import join
 from sync.messages import Capabilities
+from sync.version import running_version
 
 TIER = "cloud"
 
@@ -52,16 +57,24 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
     """Start a worker; leaving the block drains and stops it. Raises as `edge_node.node.edge_node` does."""
     engines = available_engines()
-    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
+    quality = QualityWatch(config.node.data / "quality.json")
+    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts", quality=quality)
     book = PolicyBook(TIER)
     listening = replace(config.listen, host=config.host, port=config.port)
     local = Local(repository, TIER, threads=config.threads)
-    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
+    watched = Watched(local, quality, repository.replaced, busy=lambda: len(local.pool) > 0)
+    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels, software=running_version())
     activators: dict[str, Activator] = {"desired": repository, "policy": book}
     try:
         async with (
-            join(config.node, activators=activators, capabilities=capabilities, running=repository.running),
-            caching(listening, local, repository) as cache,
+            join(
+                config.node,
+                activators=activators,
+                capabilities=capabilities,
+                running=repository.running,
+                on_settings=lambda settings: quality.configure(settings.quality),
+            ) as member,
+            caching(listening, watched, repository) as cache,
             serving(
                 listening,
                 Router(cache, None, models=repository, book=book),
@@ -71,15 +84,22 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
                 local=local,
                 cache=cache,
                 ready=repository.is_settled,
+                watch=lambda registry: watch_outbox(registry, member.outbox),
             ) as served,
         ):
+            offer_doctor(member, "cloud_hub.worker_doctor", config, repository.running)
             yield served.server
     finally:
+        await watched.close()
         await local.close()
         await repository.close()
 
 
 def worker(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("join", "leave"):
+        from sync.enrol_cli import identity
+
+        return identity("worker", argv)
     parser = argparse.ArgumentParser(prog="tierline worker", description="Run a cloud worker.")
     parser.add_argument("config", type=Path, help="TOML file: host, port, threads, [node]")
     parser.add_argument("--http-port", type=port_number, help="overrides port; 0 = chosen by the system")

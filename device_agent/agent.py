@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from math import isfinite
 from os import PathLike
 from pathlib import Path
@@ -27,12 +27,19 @@ from models.errors import InvalidRequest, NotFound, NotReady
 from models.serving.local import Local
 from models.serving.policy_book import PolicyBook
 from models.serving.predictor import InferRequest, Predictor
+from models.serving.quality import Rules
+from models.serving.quality_watch import QualityWatch
 from models.serving.remote import Remote
 from models.serving.repository import Repository
 from models.serving.router import Router
+from models.serving.watched import Watched
 from models.tensor import DTYPES, Array, TensorSpec
+from sync.doctor.remote import offer_doctor
+from sync.errors import Malformed
+from sync.events import ALARM, APPLICATION, encode_body
 from sync.member import Member, join
 from sync.messages import Capabilities
+from sync.version import running_version
 
 TIER = "device"
 READY_POLL_SECONDS = 0.02
@@ -80,23 +87,34 @@ class Agent:
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config
         engines = available_engines()
-        repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
+        # Two versions in memory at once are the application's to allow, in its settings.
+        quality = QualityWatch(config.node.data / "quality.json", Rules(shadow=False))
+        repository = Repository(engines=engines, verdicts=config.node.data / "verdicts", quality=quality)
         stack.push_async_callback(repository.close)
         local = Local(repository, TIER, threads=config.threads)
         stack.push_async_callback(local.close)
+        watched = Watched(local, quality, repository.replaced, busy=lambda: len(local.pool) > 0)
+        stack.push_async_callback(watched.close)
         up = Remote(config.edge, tier="edge") if config.edge else None
         if up is not None:
             stack.push_async_callback(up.close)
         book = PolicyBook(TIER)
-        router = Router(local, up, models=repository, book=book)
+        router = Router(watched, up, models=repository, book=book)
         self._member = await stack.enter_async_context(
             join(
                 config.node,
                 activators={"desired": repository, "policy": book},
-                capabilities=Capabilities(tier=TIER, engines=engines, labels=config.node.labels),
+                capabilities=Capabilities(
+                    tier=TIER, engines=engines, labels=config.node.labels, software=running_version()
+                ),
                 running=repository.running,
+                settings=config.updates,
+                on_settings=lambda settings: quality.configure(settings.quality),
+                quota=config.store,
+                blocks=config.blocks,
             )
         )
+        offer_doctor(self._member, "device_agent.doctor", config, repository.running)
         await stack.enter_async_context(router.probing())
         self._repository, self._predictor = repository, router
 
@@ -141,6 +159,48 @@ class Agent:
             reason=str(answer.reason),
             latency_ms=(time.monotonic() - start) * 1e3,
             degraded=answer.degraded,
+        )
+
+    @asynccontextmanager
+    async def hold(self, reason: str, timeout: float | None = None) -> AsyncIterator[None]:
+        """While inside, no update is put in force on this device; what is needed for one is fetched meanwhile.
+
+        `timeout`: seconds after which it counts no longer, None = as long as the settings allow (15 minutes, unless the hub
+        says otherwise). A version that turns out bad is taken back nevertheless. Raises InvalidRequest, NotReady.
+        """
+        if self._member is None:
+            raise NotReady("the agent is not running: use it inside 'async with Agent(...)'")
+        try:
+            release = self._member.hold(reason, timeout)
+        except Malformed as error:
+            raise InvalidRequest(str(error)) from error
+        try:
+            await self._member.settled()
+            yield
+        finally:
+            release()
+
+    async def event(
+        self,
+        kind: str,
+        body: bytes | Mapping[str, object],
+        *,
+        priority: int | None = None,
+        ttl: float | None = None,
+    ) -> str:
+        """Hand over an event for the hub; its id, once it is on this device's disk. It is delivered when the hub is reached.
+
+        `kind`: a word of the application's, which the hub shows as `app.<kind>`, or `alarm`. `body`: at most 48 KiB, JSON when
+        it is a mapping. `priority`: 0..9, None = 5, of an alarm 9: higher ones go first and are dropped last. `ttl`: seconds
+        after which it is not worth sending.
+
+        Raises NotReady, `sync.errors.Malformed` naming the field, or `sync.errors.StoreFailed`: it is lost, and counted.
+        """
+        if self._member is None or self._predictor is None:
+            raise NotReady("the agent is not running: use it inside 'async with Agent(...)'")
+        data = body if isinstance(body, bytes) else encode_body(body)
+        return await self._member.outbox.put(
+            kind if kind == ALARM else f"{APPLICATION}{kind}", data, priority=priority, ttl=ttl
         )
 
     def running(self) -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import AbstractAsyncContextManager, contextmanager
 from os import PathLike
 from typing import Any, Self, TypeVar
 
@@ -69,6 +70,27 @@ class BlockingAgent:
             )
         )
 
+    @contextmanager
+    def hold(self, reason: str, timeout: float | None = None) -> Iterator[None]:
+        """As `Agent.hold`, for a `with` block."""
+        holding = self._agent.hold(reason, timeout)
+        self._call(holding.__aenter__())
+        try:
+            yield
+        finally:
+            self._call(_left(holding))
+
+    def event(
+        self,
+        kind: str,
+        body: bytes | Mapping[str, object],
+        *,
+        priority: int | None = None,
+        ttl: float | None = None,
+    ) -> str:
+        """As `Agent.event`, waiting until it is on the disk."""
+        return self._call(self._agent.event(kind, body, priority=priority, ttl=ttl))
+
     def running(self) -> dict[str, str]:
         """Model name -> `package/version` served in this process."""
         return self._agent.running()
@@ -105,6 +127,10 @@ class BlockingAgent:
             self._thread.join(STOP_SECONDS)
             if not self._thread.is_alive():
                 loop.close()
+
+
+async def _left(holding: AbstractAsyncContextManager[None]) -> None:
+    await holding.__aexit__(None, None, None)
 
 
 async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from edge_node.shares import MirrorSettings
 from models.serving.assembly import Listening
 from models.serving.remote import check_url
+from sync.blocks import BlockSettings
 from sync.errors import InvalidConfig
 from sync.identity import LOOPBACK, Membership, load_config
 from sync.quota import Quota
@@ -40,7 +41,7 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[node]` who it is and whom it trusts, `[listen]` where it answers, `[serving]`, `[up]`, absent = none is above,
     `[updates]`: when and how it updates, as far as the hub's settings say nothing else, `[store]`: how much disk its files
-    may take, and `[mirror]`: what each device behind it may take of them."""
+    may take, `[mirror]`: what each device behind it may take of them, and `[blocks]`: files over MQTT."""
 
     node: Membership
     listen: Listening = Listening()
@@ -49,6 +50,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     updates: Settings = Settings()
     store: Quota = Quota(cache_bytes=CACHE_BYTES)
     mirror: MirrorSettings = MirrorSettings()
+    blocks: BlockSettings = BlockSettings()
 
 
 def load_edge_config(path: Path) -> EdgeConfig:

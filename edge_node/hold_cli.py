@@ -7,6 +7,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 
@@ -64,13 +65,15 @@ def _speak(command: str, edge: str, path: str, body: Any, said: Any) -> int:
     request = urllib.request.Request(  # noqa: S310 - the scheme was looked at
         edge.rstrip("/") + path, data=data, headers={"Content-Type": "application/json"}
     )
+    # Of this machine: a proxy that the environment names for the world outside is not asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310
+        with opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
             print(said(json.loads(answer.read(MAX_ANSWER))))
     except HTTPError as error:
         print(f"tierline {command}: {_reason(error)}", file=sys.stderr)
         return 1
-    except (URLError, OSError, ValueError, KeyError) as error:
+    except (URLError, HTTPException, OSError, ValueError, KeyError, TypeError) as error:
         print(f"tierline {command}: {edge}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import NotFound, Unreachable
+from models.errors import NotFound, Overloaded, Unreachable
 from models.serving.exchange import JSON, HttpRequest, HttpResponse
-from sync.errors import Absent, StoreFailed, SyncError
+from sync.errors import Absent, StoreFailed, SyncError, Unavailable
 from sync.fetch import Fetcher
 
 PREFIX = "/tuf/"
@@ -29,6 +29,16 @@ FRESH_SECONDS = 600.0
 """A versioned file is asked for again after so long: what a forging source made us keep must not stay for ever."""
 SHARED_SECONDS = 1.0
 """Devices that ask for the timestamp within it share one answer."""
+AWAY_SECONDS = 5.0
+"""After a question that failed, how long what is kept is passed on without asking: a source that swallows questions would
+hold up each device in turn."""
+ANSWER_SECONDS = 5.0
+"""How long a device waits for a source: then it gets what is kept, or is asked to come back, before its read times out."""
+RETRY_SECONDS = 2.0
+MAX_ASKING = 16
+"""Different files asked for at once, whatever names devices make up."""
+MAX_FAILED = 1_024
+"""Failures remembered."""
 
 _NAME = re.compile(r"(?:[1-9][0-9]{0,15}\.(?:root|targets|snapshot|bin-[0-9a-f]{2})|timestamp)\.json")
 
@@ -48,21 +58,16 @@ class MetadataMirror:
         self._monotonic = monotonic
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._bytes = 0
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._asking: dict[str, asyncio.Task[bytes]] = {}
+        self._failed: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._read_back()
 
     async def metadata(self, request: HttpRequest) -> HttpResponse:
-        """A metadata file, as fresh as it can be had. Raises NotFound, Unreachable when it was never here."""
+        """A metadata file, as fresh as it can be had. Raises NotFound, Unreachable or Overloaded when it was never here."""
         name = request.path.removeprefix(PREFIX)
         if not _NAME.fullmatch(name):
             raise NotFound("no such metadata file")
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        try:
-            async with lock:
-                return HttpResponse(200, JSON, await self._file(name))
-        finally:
-            if not lock.locked():
-                self._locks.pop(name, None)
+        return HttpResponse(200, JSON, await self._file(name))
 
     async def _file(self, name: str) -> bytes:
         kept = self._kept.get(name)
@@ -72,15 +77,50 @@ class MetadataMirror:
             self._kept.move_to_end(name)
             return kept.data
         try:
-            data = await self._ask(name)
+            return await self._shared(name)
         except Absent as error:
             raise NotFound(f"no such metadata file: {name}") from error
+        except Overloaded:
+            if kept is not None:
+                return kept.data
+            raise
         except SyncError as error:
             if kept is not None:
                 return kept.data
             raise Unreachable(f"{name} is not here and not to be had now: {error}") from error
+
+    async def _shared(self, name: str) -> bytes:
+        """Wait for the one question about this file, which goes on when we do not. Raises Overloaded, or what it ends in."""
+        until, why = self._failed.get(name, (float("-inf"), ""))
+        if self._monotonic() < until:
+            raise Unavailable(why)
+        if name not in self._asking:
+            if len(self._asking) >= MAX_ASKING:
+                raise Overloaded(f"{MAX_ASKING} metadata files are being asked for", RETRY_SECONDS)
+            asking = asyncio.create_task(self._bring(name), name="metadata mirror")
+            self._asking[name] = asking
+            asking.add_done_callback(lambda done: self._answered(name, done))
+        asking = self._asking[name]
+        await asyncio.wait({asking}, timeout=ANSWER_SECONDS)
+        if not asking.done():
+            raise Overloaded(f"{name} is being asked for", RETRY_SECONDS)
+        if asking.cancelled():
+            raise Unreachable("this node is stopping")
+        return asking.result()
+
+    async def _bring(self, name: str) -> bytes:
+        data = await self._ask(name)
         await self._keep(name, data)
         return data
+
+    def _answered(self, name: str, done: asyncio.Task[bytes]) -> None:
+        del self._asking[name]
+        self._failed.pop(name, None)
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, SyncError) and not isinstance(error, Absent):
+            self._failed[name] = (self._monotonic() + AWAY_SECONDS, str(error))
+            while len(self._failed) > MAX_FAILED:
+                self._failed.popitem(last=False)
 
     async def _ask(self, name: str) -> bytes:
         failure: SyncError = Absent("no source is configured")

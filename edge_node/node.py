@@ -1,6 +1,6 @@
 """The edge node, put together: read this first.
 
-    request --HTTP, gRPC, WebSocket--> Meter -> Guard -> Router --+-- here: Cache -> Local -> Repository's sessions
+    request --HTTP, gRPC, WebSocket--> Meter -> Guard -> Router --+-- here: Cache -> Watched -> Local -> Repository's sessions
                                                                   +-- up:   Remote -> the cloud's data plane
     document --MQTT--> Member's updaters -> Repository (models) | PolicyBook (routing)
     device  --HTTP--> BlobMirror -> store, else fetched from the hub and kept
@@ -16,18 +16,27 @@ from dataclasses import dataclass
 
 from edge_node.blobs import BlobMirror
 from edge_node.config import EdgeConfig
+from edge_node.control import LocalControl
+from edge_node.metadata import MetadataMirror
 from models.engines import available_engines
 from models.serving.assembly import caching, serving
 from models.serving.http.server import HttpServer
 from models.serving.local import Local
+from models.serving.meter.sources import watch_outbox
 from models.serving.policy_book import PolicyBook
 from models.serving.predictor import Predictor
+from models.serving.quality_watch import QualityWatch
 from models.serving.remote import Remote
 from models.serving.repository import Repository
 from models.serving.router import Router
+from models.serving.watched import Watched
 from sync.activation import Activator
+from sync.clock import SystemClock
+from sync.doctor.remote import offer_doctor
 from sync.member import Member, join
 from sync.messages import Capabilities
+from sync.upgrade import Upgrade, end_process, proving
+from sync.version import running_version
 
 TIER = "edge"
 
@@ -44,24 +53,42 @@ class EdgeNode:
 
 
 @asynccontextmanager
-async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
+async def edge_node(config: EdgeConfig, upgrade: Upgrade | None = None) -> AsyncIterator[EdgeNode]:
     """Start an edge node; leaving the block drains and stops it.
 
     Raises InvalidConfig, StoreFailed, or OSError when the port is taken. A broker or hub that is down is no error.
+    `upgrade`: how its own software is replaced, None = it refuses to be.
     """
     engines = available_engines()
-    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts")
+    quality = QualityWatch(config.node.data / "quality.json")
+    repository = Repository(engines=engines, verdicts=config.node.data / "verdicts", quality=quality)
     book = PolicyBook(TIER)
     local = Local(repository, TIER, threads=config.serving.threads)
-    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels)
-    activators: dict[str, Activator] = {"desired": repository, "policy": book}
+    watched = Watched(local, quality, repository.replaced, busy=lambda: len(local.pool) > 0)
+    capabilities = Capabilities(tier=TIER, engines=engines, labels=config.node.labels, software=running_version())
+    upgrade = upgrade or Upgrade(None, SystemClock(), restart=end_process)
+    activators: dict[str, Activator] = {"desired": repository, "policy": book, "software": upgrade}
     try:
         async with join(
-            config.node, activators=activators, capabilities=capabilities, running=repository.running
+            config.node,
+            activators=activators,
+            capabilities=capabilities,
+            running=repository.running,
+            settings=config.updates,
+            on_settings=lambda settings: quality.configure(settings.quality),
+            quota=config.store,
+            blocks=config.blocks,
         ) as member:
-            mirror = BlobMirror(member.packages, member.fetcher)
+            mirror = BlobMirror(
+                member.store,
+                member.fetcher,
+                MetadataMirror(member.fetcher, config.node.data / "mirror"),
+                config.mirror,
+            )
             async with (
-                caching(config.listen, local, repository) as cache,
+                mirror,
+                proving(upgrade),
+                caching(config.listen, watched, repository) as cache,
                 routed(config, cache, repository, book) as router,
                 serving(
                     config.listen,
@@ -72,11 +99,15 @@ async def edge_node(config: EdgeConfig) -> AsyncIterator[EdgeNode]:
                     local=local,
                     cache=cache,
                     ready=repository.is_settled,
-                    extra=mirror.routes,
+                    extra={**mirror.routes, **LocalControl(member).routes},
+                    watch=lambda registry: watch_outbox(registry, member.outbox),
                 ) as served,
             ):
+                upgrade.joined(lambda: member.connected, lambda: bool(repository.running()))
+                offer_doctor(member, "edge_node.doctor", config, repository.running)
                 yield EdgeNode(served.server, served.addresses, member, repository, router)
     finally:
+        await watched.close()
         await local.close()
         await repository.close()
 

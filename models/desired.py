@@ -13,7 +13,7 @@ MAX_MODELS = 128
 """Models one node may be told to serve."""
 
 
-class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Assignment(msgspec.Struct, frozen=True):
     """One package version, with what is needed to plan its download before its manifest is here.
 
     `variants` repeats the manifest's, in the same order; a node refuses the package when they differ.
@@ -26,10 +26,10 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     variants: tuple[Variant, ...]
 
 
-class Desired(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Model name -> what should answer to it."""
+class Desired(msgspec.Struct, frozen=True):
+    """Model name -> what should answer to it. The hub writes it, so a field this release does not know is a later hub's."""
 
-    models: dict[str, Assignment] = {}
+    models: dict[str, Assignment]
 
 
 def assignment_of(manifest: Manifest, blob: Blob) -> Assignment:

@@ -95,7 +95,8 @@ def reopen(envelope: bytes) -> Offer:
 class InForce:
     """What one kind of document makes this node run now. `tell(event, error, offer, detail)` hears of every step.
 
-    `probation` and `deadline(state)` are asked anew each time: settings change.
+    `probation` and `deadline(state)` are asked anew each time: settings change. `no_return`: held while what is in force
+    changes; whoever calls `put` or `judge` holds it.
     """
 
     def __init__(
@@ -111,8 +112,11 @@ class InForce:
         probation: Callable[[], Probation],
         tell: Callable[[str, str | None, Offer, str | None], Awaitable[None]],
         deadline: Callable[[str], float] = DEADLINES.__getitem__,
+        no_return: asyncio.Lock,
     ) -> None:
         self.current: Offer | None = None
+        self.demoted = ""
+        """Digest of what was in force before this process and does not start for a reason that passes."""
         self.watching = False
         self.on_probation = False
         self.judge_at = 0.0
@@ -125,6 +129,9 @@ class InForce:
         self._probation = probation
         self._tell = tell
         self._deadline = deadline
+        self._no_return = no_return
+        self._proved = False
+        self._condemned = ""
         self._committed_at = 0.0
         self._unlucky = 0
         self._late: set[asyncio.Future[None]] = set()
@@ -140,11 +147,14 @@ class InForce:
             raise Rejected(f"the body needs {min(undeclared)}, which the document does not declare")
         return planned
 
-    async def prepare(self, offer: Offer, blobs: Mapping[str, Path]) -> object:
-        """What `put` takes. Raises Rejected with the activator's reason."""
+    async def prepare(self, offer: Offer, blobs: Mapping[str, Path], *, seconds: float | None = None) -> object:
+        """What `put` takes. Raises Rejected with the activator's reason. `seconds`: None = a deadline too short is no reason."""
+        if seconds is None:
+            # What was in force, and settings that may mend the deadlines.
+            seconds = max(self._deadline("preparing"), DEADLINES["preparing"])
         work = self._prepared(offer, blobs)
         try:
-            return await within(self._clock, self._deadline("preparing"), "preparing", work, late=self._discard_late)
+            return await within(self._clock, seconds, "preparing", work, late=self._discard_late)
         except Unavailable as error:
             raise Rejected(str(error)) from _Passing()
 
@@ -168,20 +178,26 @@ class InForce:
             await asyncio.to_thread(self._disk.condemn_candidate, *self._name, digest, f"rejected: {reason}")
             raise Rejected(reason)
         try:
-            token = await self.prepare(offer, blobs)
+            token = await self.prepare(offer, blobs, seconds=self._deadline("preparing"))
         except Rejected as error:
             await self._end_start("candidate", confirmed=False)
-            if self._may_pass(error):
+            if self._may_pass(error, offer):
                 raise Unavailable(str(error)) from error
             raise
         except BaseException:
             await asyncio.shield(self._end_start("candidate", confirmed=False))
             raise
-        await self._end_start("candidate", confirmed=False)
+        try:
+            await self._end_start("candidate", confirmed=False)
+        except BaseException:
+            await asyncio.shield(self.discard(token))
+            raise
         return token
 
-    def _may_pass(self, error: Rejected) -> bool:
-        self._unlucky = self._unlucky + 1 if getattr(error.__cause__, "transient", False) else 0
+    def _may_pass(self, error: Rejected, offer: Offer) -> bool:
+        if offer.verified.digest == self.demoted and _passes(error):
+            return True  # it worked in an earlier process, and nothing better is known
+        self._unlucky = self._unlucky + 1 if _passes(error) else 0
         self._unlucky %= MAX_UNLUCKY
         return self._unlucky > 0
 
@@ -189,40 +205,59 @@ class InForce:
         await self._activator.discard(token)
 
     async def put(self, offer: Offer, token: object, *, event: str = "committed", proved: bool = False) -> None:
-        """Commit and go on probation, unless it `proved` itself before. The disk already says that the offer is active."""
+        """Commit and go on probation, unless it `proved` itself before. The disk already says that the offer is active.
+
+        `event`: what is told then, "" = nothing.
+        """
         await within(self._clock, self._deadline("committing"), "committing", self._committed(offer, token))
         self._committed_at = self.judge_at = self._clock.monotonic()
-        self.watching, self.on_probation = True, not proved
-        await self._tell(event, None, offer, None)
+        self.watching, self.on_probation, self._proved, self._condemned = True, not proved, proved, ""
         if proved:
-            await self._tell("good", None, offer, None)
+            self._activator.settled()
+        if event:
+            await self._tell(event, None, offer, None)
+            if proved:
+                await self._tell("good", None, offer, None)
 
     async def _committed(self, offer: Offer, token: object) -> None:
         await self._activator.commit(token)
         self.current = offer
 
+    @property
+    def unquestioned(self) -> bool:
+        """Whether nothing is to be found out about what is in force: so it is always for policies and settings."""
+        return self._activator.verdict() == "good"
+
     async def judge(self) -> None:
-        """Look at the verdict of live traffic, while it is open: confirm, keep watching, or go back."""
+        """Look at the verdict of live traffic, while it is open: confirm, keep watching, or condemn: then `go_back`."""
         if not self.watching:
+            return
+        verdict = self._activator.verdict()
+        if verdict.startswith("bad"):
+            self._condemned = verdict
             return
         probation = self._probation()
         self.judge_at = self._clock.monotonic() + probation.poll
-        verdict = self._activator.verdict()
-        if verdict.startswith("bad"):
-            self.watching = self.on_probation = False
-            if await self._roll_back(verdict):
-                self._activator.settled()
-            return
         is_good = verdict.startswith("good")
         if is_good and not verdict.startswith("good so far"):
             self.watching = False
         old_enough = self._clock.monotonic() - self._committed_at >= probation.seconds
-        if self.on_probation and self.current is not None and (is_good or old_enough):
-            self.on_probation = False
+        over = self.on_probation and (is_good or old_enough)
+        if self.current is not None and (over or (is_good and not self._proved)):
+            self.on_probation, self._proved = False, is_good
             # First what rolling back and crash counting go by, then what is reported.
-            await self._end_start("active", confirmed=True)
-            await self._tell("good", None, self.current, None if verdict == "good" else verdict)
-            self._activator.settled()
+            await self._end_start("active", confirmed=True, proved=is_good)
+            if over:
+                await self._tell("good", None, self.current, None if verdict == "good" else verdict)
+                self._activator.settled()
+
+    async def go_back(self) -> None:
+        """After `judge`, without `no_return`: loading may take long, and meanwhile a newer document or the end may come."""
+        reason, self._condemned = self._condemned, ""
+        if reason:
+            self.watching = self.on_probation = False
+            if await self._roll_back(reason):
+                self._activator.settled()
 
     async def leave(self) -> None:
         """Stopping in good order is no crash of the version."""
@@ -237,8 +272,9 @@ class InForce:
         if slots.active is None:
             return
         active = reopen(slots.active)
-        # A version that proved itself is not what ends the process: power cuts and kills do.
-        if await self._count_start() > MAX_STARTS and not slots.proved:
+        # A version that did its work is not what ends the process: power cuts and kills do. One that was only never asked may.
+        crashing = await self._count_start() > MAX_STARTS and not slots.proved
+        if crashing and not (slots.confirmed and slots.previous is None):
             reason = f"it ended this process {MAX_STARTS} times"
             if slots.previous is None:
                 await self._start_previous(active, None, f"rejected: {reason}")
@@ -251,10 +287,13 @@ class InForce:
             token = await self.prepare(active, self._stored_blobs(active))
         except Rejected as error:
             log.warning("the stored %s document does not start: %s", self._name[0], error)
+            self.demoted = active.verified.digest if _passes(error) else ""
             await self._start_previous(active, slots.previous, f"{error.code}: {error}")
             return
-        await self.put(active, token, event="started", proved=slots.proved)
-        await self.judge()
+        async with self._no_return:
+            await self.put(active, token, event="started", proved=slots.proved)
+            await self.judge()
+        await self.go_back()
 
     async def _start_previous(self, broken: Offer, previous: bytes | None, why: str) -> None:
         """Serve the previous version, if there is one; the active one becomes a candidate, which may fetch what it misses."""
@@ -264,6 +303,7 @@ class InForce:
                 offer = reopen(previous)
                 await self._activator.commit(await self.prepare(offer, self._stored_blobs(offer)))
                 self.current = offer
+                self._activator.settled()
         except (Rejected, StoreFailed) as error:
             why = f"{why}; nor does the previous one: {error}"
         await self._tell("failed", why, broken, None)
@@ -280,19 +320,37 @@ class InForce:
         offer = reopen(previous)
         try:
             token = await self.prepare(offer, self._stored_blobs(offer))
-            reach("updater.rolling_back")
-            await asyncio.to_thread(self._disk.roll_back, *self._name, bad.verified.digest, f"rejected: {reason}")
-        except (Rejected, StoreFailed) as error:
-            await self._tell("failed", f"rejected: {reason}; going back failed: {error}", bad, None)
-            # Not given up: a disk gets room, memory gets free.
-            self.watching, self.judge_at = True, self._clock.monotonic() + GO_BACK_SECONDS
+        except Rejected as error:
+            await self._try_again_later(bad, reason, error)
             return False
+        taken = False
+        try:
+            async with self._no_return:
+                if self.current is not bad:
+                    return False  # a newer one was put in force meanwhile
+                taken = await self._taken_back(bad, offer, token, f"rejected: {reason}")
+        except StoreFailed as error:
+            await self._try_again_later(bad, reason, error)
+        finally:
+            if not taken:
+                await asyncio.shield(self.discard(token))
+        return taken
+
+    async def _taken_back(self, bad: Offer, previous: Offer, token: object, why: str) -> bool:
+        reach("updater.rolling_back")
+        await asyncio.to_thread(self._disk.roll_back, *self._name, bad.verified.digest, why)
         reach("updater.rolled_back")
         await self._activator.commit(token)
-        self.current = offer
-        log.warning("%s revision %d rolled back: %s", self._name[0], bad.document.revision, reason)
-        await self._tell("bad", f"rejected: {reason}", bad, None)
+        self.current = previous
+        log.warning("%s revision %d rolled back: %s", self._name[0], bad.document.revision, why)
+        await self._tell("bad", why, bad, None)
         return True
+
+    async def _try_again_later(self, bad: Offer, reason: str, error: Exception) -> None:
+        """Not given up: a disk gets room, memory gets free."""
+        if self.current is bad:
+            self.watching, self.judge_at = True, self._clock.monotonic() + GO_BACK_SECONDS
+            await self._tell("failed", f"rejected: {reason}; going back failed: {error}", bad, None)
 
     async def _count_start(self) -> int:
         try:
@@ -301,9 +359,9 @@ class InForce:
             log.warning("starting without counting it: %s", error)
             return 0
 
-    async def _end_start(self, slot: str, *, confirmed: bool) -> None:
+    async def _end_start(self, slot: str, *, confirmed: bool, proved: bool = False) -> None:
         try:
-            await asyncio.to_thread(self._disk.end_start, *self._name, slot, confirmed=confirmed)
+            await asyncio.to_thread(self._disk.end_start, *self._name, slot, confirmed=confirmed, proved=proved)
         except StoreFailed as error:
             log.warning("a start stays unconfirmed: %s", error)
 
@@ -313,6 +371,10 @@ class InForce:
         if missing:
             raise Rejected(f"{len(missing)} files of the stored document are gone, the first is {missing[0]}")
         return {digest: self._store.path(digest) for digest in planned}
+
+
+def _passes(error: Rejected) -> bool:
+    return bool(getattr(error.__cause__, "transient", False))
 
 
 class _Passing(Exception):

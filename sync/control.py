@@ -17,7 +17,7 @@ from sync.updater import Updater
 
 REPORT_GAP = 0.05
 """Seconds between two reports. A change of state goes out at once; those that follow on its heels share the next one."""
-DESIRED, POLICY = "desired", "policy"
+DESIRED, POLICY, SETTINGS, SOFTWARE = "desired", "policy", "settings", "software"
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,16 @@ class ControlPlane:
         clock: Clock,
         boot: str,
         groups: Iterable[str] = (),
+        handlers: Mapping[str, Callable[[bytes], None]] | None = None,
+        on_hub: Callable[[], None] | None = None,
+        alarms: Callable[[], dict[str, str]] = dict,
     ) -> None:
+        """`handlers`: what else takes payloads of `down/<leaf>`, by leaf; Malformed is counted, anything else logged.
+
+        `on_hub` is called when the hub has started again, or is back. `alarms`: what is wrong, by name, asked for every report.
+        """
         self.refused: Counter[str] = Counter()
+        self._alarms = alarms
         self._link = link
         self._node_id = node_id
         self._updaters = updaters
@@ -59,13 +67,21 @@ class ControlPlane:
         self._clock = clock
         self._boot = boot
         self._filters = topics.node_filters(node_id, groups)
-        self._routes = {topics.down(node_id, DESIRED): DESIRED, topics.tenant_policy(topics.tenant_of(node_id)): POLICY}
+        self._routes = {topics.down(node_id, kind): kind for kind in (DESIRED, SETTINGS, SOFTWARE)}
+        self._routes[topics.tenant_policy(topics.tenant_of(node_id))] = POLICY
+        self._handlers = {topics.down(node_id, leaf): handler for leaf, handler in (handlers or {}).items()}
+        self._on_hub = on_hub
         self._seq = 0
         self._changed = asyncio.Event()
         self._hub_epoch = ""
+        self._hub_ready = False
 
     def changed(self, kind: str, report: DocumentReport) -> None:
         """An updater's `on_report`."""
+        self.say_again()
+
+    def say_again(self) -> None:
+        """Something a report tells of has changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -101,6 +117,8 @@ class ControlPlane:
         kind = self._routes.get(message.topic)
         if kind in self._updaters and kind is not None:
             self._updaters[kind].offer(message.payload)
+        elif message.topic in self._handlers:
+            self._handlers[message.topic](message.payload)
         elif message.topic == topics.HUB_STATE:
             self._heed(decode(message.payload, HubState))
         else:
@@ -108,9 +126,15 @@ class ControlPlane:
 
     def _heed(self, hub: HubState) -> None:
         """A hub that started again may have lost what we told it."""
-        if hub.epoch != self._hub_epoch:
-            self._hub_epoch = hub.epoch
+        if hub.fleet > 0:
+            self._link.fleet(hub.fleet)
+        started, ready = hub.epoch != self._hub_epoch, hub.state == "ready"
+        returned = ready and not self._hub_ready
+        self._hub_epoch, self._hub_ready = hub.epoch, ready
+        if started:
             self._announce()
+        if (started or returned) and self._on_hub is not None:
+            self._on_hub()
 
     def _count(self, reason: str, detail: str) -> None:
         self.refused[reason] += 1
@@ -138,6 +162,7 @@ class ControlPlane:
             documents={kind: updater.report for kind, updater in self._updaters.items()},
             running=self._running(),
             refused=dict(refused),
+            alarms=dict(self._alarms()),
         )
 
     def _say(self, message: State | Capabilities | Reported, leaf: str) -> None:

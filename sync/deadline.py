@@ -23,19 +23,21 @@ async def within(
 ) -> T:
     """The result of `work`. Raises Unavailable after `seconds`; then, or when cancelled, `work` is cancelled too.
 
-    `late`: given what work that would not be cancelled returned after all.
+    `late`: given what work returned to nobody: it would not be cancelled, or was over just when its caller was cancelled.
     """
     task = asyncio.ensure_future(work)
     alarm = asyncio.ensure_future(clock.sleep(seconds))
     try:
         await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Unavailable(f"{what} was not over within {seconds:g} s")
+    except asyncio.CancelledError:
+        await _abandon(task, what, late)
+        raise
     finally:
         alarm.cancel()
-        if not task.done():
-            await _abandon(task, what, late)
+    if not task.done():
+        await _abandon(task, what, late)
+        raise Unavailable(f"{what} was not over within {seconds:g} s")
+    return task.result()
 
 
 async def _abandon(task: asyncio.Task[T], what: str, late: Callable[[T], None] | None) -> None:

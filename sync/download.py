@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,31 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
 
-from sync.errors import DigestMismatch, Malformed, Unavailable
+from sync import tunnel
+from sync.errors import Absent, DigestMismatch, Malformed, SyncError, Unavailable
+from sync.pace import Pace
 from sync.part import CHUNK, Part
+from sync.tunnel import Proxy
 
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+MAX_RETRY_SECONDS = 300
+"""Longest wait that a busy source may ask for at once."""
+_ABSENT = (403, 404)
+"""What servers say about a file they do not have: object stores that may not be listed answer 403."""
 
 
 class Mismatch(DigestMismatch):
     """A source delivered, from the first byte on, something else than was signed for: it is of no use for this file."""
+
+
+class Busy(Unavailable):
+    """A source has the file, or will have it, and asks to come back after `seconds` (RFC 9110, 10.2.3)."""
+
+    code = "busy"
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +59,18 @@ class Limits:
     slowest_rate: float = 8_000.0
     fastest_rate: float | None = None
 
-    def seconds(self, size: int) -> float:
-        """What a transfer of `size` bytes may take."""
-        return self.budget_seconds + size / self.slowest_rate
+    def seconds(self, size: int, slowest: float | None = None) -> float:
+        """What a transfer of `size` bytes may take. `slowest`: a rate of our own making, when that is even lower."""
+        return self.budget_seconds + size / min(self.slowest_rate, slowest or self.slowest_rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to reach a source. `tls`: makes the context of an https connection, None = the machine's own trust. `proxy`: an HTTP
+    proxy to tunnel through."""
+
+    tls: Callable[[], ssl.SSLContext | None] | None = None
+    proxy: Proxy | None = None
 
 
 class Download:
@@ -52,12 +79,20 @@ class Download:
     It keeps no clock of its own: who runs it calls `stop` when `Limits.seconds` have passed.
     """
 
-    def __init__(self, url: str, token: str | None, limits: Limits) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | Callable[[], str] | None,
+        limits: Limits,
+        pace: Pace | None = None,
+        route: Route | None = None,
+    ) -> None:
         self._url = url
+        self._shared_pace = pace
         self._limits = limits
         self._headers = {"Accept-Encoding": "identity"}
-        if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
+        self._token = token
+        self._route = route or Route()
         self._stopped = Event()
         self._why = ""
         self._lock = Lock()
@@ -87,16 +122,31 @@ class Download:
                     raise
 
     def read(self, limit: int) -> bytes:
-        """The whole body, at most `limit` bytes. Raises Unavailable, Malformed when it is longer."""
+        """The whole body, at most `limit` bytes. Raises Absent, Unavailable, Malformed when it is longer."""
         with self._open(0) as response:
+            if response.status in _ABSENT:
+                raise Absent(f"{self._url} answered {response.status}")
             if response.status != 200:
-                raise Unavailable(f"{self._url} answered {response.status}")
+                raise _refused(self._url, response)
             data = bytearray()
             for chunk in self._body(response, limit + 1):
                 data += chunk
             if len(data) > limit:
                 raise Malformed(f"{self._url} has more than {limit} bytes")
             return bytes(data)
+
+    def size(self) -> int:
+        """Bytes of the file as the source says, unverified. Raises Absent, Unavailable."""
+        with self._open(0, last=0) as response:
+            if response.status in _ABSENT:
+                raise Absent(f"{self._url} answered {response.status}")
+            found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            said = found[3] if found is not None else response.headers.get("Content-Length", "")
+            if response.status in (429, 503):
+                raise _refused(self._url, response)
+            if response.status not in (200, 206) or not said.isdecimal() or len(said) > 18:
+                raise Unavailable(f"{self._url} answered {response.status} without a size")
+            return int(said)
 
     def _complete(self, part: Part, digest: str, size: int, start: int) -> None:
         hasher = sha256()
@@ -124,21 +174,26 @@ class Download:
         began, done = time.monotonic(), 0
         while done < most:
             # read1: what is there now. A plain read waits for the whole chunk, and a slow drip would hold it for hours.
-            chunk = response.read1(min(CHUNK, most - done), decode_content=False)
+            at_once = CHUNK if self._shared_pace is None else self._shared_pace.chunk(CHUNK)
+            chunk = response.read1(min(at_once, most - done), decode_content=False)
             if self._stopped.is_set():
                 raise Unavailable(f"{self._url}: {self._why}")
             if not chunk:
                 return
             done += len(chunk)
             yield chunk
-            self._pace(done, began)
+            self._pace(done, len(chunk), began)
 
     @contextmanager
-    def _open(self, start: int) -> Iterator[urllib3.BaseHTTPResponse]:
-        headers = {**self._headers, "Range": f"bytes={start}-"} if start else self._headers
+    def _open(self, start: int, last: int | None = None) -> Iterator[urllib3.BaseHTTPResponse]:
+        headers = dict(self._headers)
+        if start or last is not None:
+            headers["Range"] = f"bytes={start}-{'' if last is None else last}"
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._bearer(self._token)}"
         timeout = urllib3.Timeout(connect=self._limits.connect_seconds, read=self._limits.read_seconds)
         try:
-            with _pool(self._url, timeout, self._connected) as pool:
+            with _pool(self._url, timeout, self._connected, self._route) as pool:
                 target = parse_url(self._url).request_uri
                 response = pool.request("GET", target, headers=headers, redirect=False, preload_content=False)
                 try:
@@ -149,6 +204,12 @@ class Download:
             raise Unavailable(f"{self._url}: {self._why or error}") from error
         finally:
             self._disconnected()
+
+    def _bearer(self, token: str | Callable[[], str]) -> str:
+        try:
+            return token if isinstance(token, str) else token()
+        except SyncError as error:
+            raise Unavailable(f"{self._url}: {error}") from error
 
     def _connected(self, connected: socket.socket) -> None:
         # A descriptor of our own: TLS takes the first one over, and this one can be shut while headers are still read.
@@ -175,26 +236,39 @@ class Download:
         if response.status == 416:
             raise Mismatch(f"{self._url} has no byte {start} of {size}")
         if response.status != 200:
-            raise Unavailable(f"{self._url} answered {response.status}")
+            raise _refused(self._url, response)
         length = response.headers.get("Content-Length")
         if length is not None and length != str(size):
             raise Mismatch(f"{self._url} has {length[:20]} bytes, {size} were signed for")
         return 0
 
-    def _pace(self, done: int, began: float) -> None:
+    def _pace(self, done: int, latest: int, began: float) -> None:
+        wait = self._shared_pace.take(latest) if self._shared_pace is not None else 0.0
+        if wait > 0:
+            self._stopped.wait(wait)
         if self._limits.fastest_rate is not None:
             self._stopped.wait(max(0.0, began + done / self._limits.fastest_rate - time.monotonic()))
+
+
+def _refused(url: str, response: urllib3.BaseHTTPResponse) -> Unavailable:
+    said = response.headers.get("Retry-After", "")
+    if response.status in (429, 503) and said.isdecimal() and len(said) < 10:
+        return Busy(f"{url} is busy ({response.status})", min(int(said), MAX_RETRY_SECONDS))
+    return Unavailable(f"{url} answered {response.status}")
 
 
 class _Plain(HTTPConnection):
     """Shows its socket to `watch` as soon as it is connected."""
 
-    def __init__(self, *args: Any, watch: Callable[[socket.socket], None], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, watch: Callable[[socket.socket], None], through: Proxy | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._watch = watch
+        self._through = through
 
     def _new_conn(self) -> socket.socket:
-        connected = super()._new_conn()
+        connected = super()._new_conn() if self._through is None else _tunnelled(self, self._through)
         self._watch(connected)
         return connected
 
@@ -202,12 +276,15 @@ class _Plain(HTTPConnection):
 class _Secure(HTTPSConnection):
     """The same, before the handshake."""
 
-    def __init__(self, *args: Any, watch: Callable[[socket.socket], None], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, watch: Callable[[socket.socket], None], through: Proxy | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._watch = watch
+        self._through = through
 
     def _new_conn(self) -> socket.socket:
-        connected = super()._new_conn()
+        connected = super()._new_conn() if self._through is None else _tunnelled(self, self._through)
         self._watch(connected)
         return connected
 
@@ -220,12 +297,28 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _Secure
 
 
-def _pool(url: str, timeout: urllib3.Timeout, watch: Callable[[socket.socket], None]) -> urllib3.HTTPConnectionPool:
+def _tunnelled(connection: HTTPConnection, proxy: Proxy) -> socket.socket:
+    timeout = connection.timeout if isinstance(connection.timeout, int | float) else Limits().connect_seconds
+    return tunnel.connect(proxy, connection.host.strip("[]"), connection.port, timeout)
+
+
+def _pool(
+    url: str, timeout: urllib3.Timeout, watch: Callable[[socket.socket], None], route: Route
+) -> urllib3.HTTPConnectionPool:
     parts = parse_url(url)
     if parts.host is None or parts.scheme not in ("http", "https"):
         raise ValueError("not an http or https address")
-    pool = _PlainPool if parts.scheme == "http" else _SecurePool
-    return pool(parts.host, parts.port, timeout=timeout, maxsize=1, retries=False, watch=watch)
+    options: dict[str, Any] = {
+        "timeout": timeout,
+        "maxsize": 1,
+        "retries": False,
+        "watch": watch,
+        "through": route.proxy,
+    }
+    if parts.scheme == "http":
+        return _PlainPool(parts.host, parts.port, **options)
+    context = route.tls() if route.tls is not None else None
+    return _SecurePool(parts.host, parts.port, ssl_context=context, **options)
 
 
 def _shut(connected: socket.socket) -> None:

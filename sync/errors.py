@@ -49,7 +49,7 @@ class Replayed(Refused):
 
 
 class NotListed(Refused):
-    """A digest that the signed catalogue of packages does not list."""
+    """A digest that the signed list of approved files does not have."""
 
     code = "not_listed"
 
@@ -73,6 +73,12 @@ class Unavailable(SyncError):
     """A peer did not answer, or answered with a fault of its own; to be tried again with jitter."""
 
     code = "unavailable"
+
+
+class Absent(Unavailable):
+    """A source answered that it has no such file."""
+
+    code = "absent"
 
 
 # --- we must act ---------------------------------------------------------------------------------------------------

@@ -8,38 +8,66 @@ socket. Such a thread may still be about to end when the next one begins: the lo
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from sync.blocks import SCHEME as BLOCKS
+from sync.blocks import Blocks
 from sync.clock import Clock, SystemClock
-from sync.download import Download, Limits, Mismatch
-from sync.errors import DigestMismatch, Malformed, Unavailable
-from sync.messages import MAX_DOCUMENT_BYTES
-from sync.part import taken
+from sync.delta import Offer
+from sync.delta import apply as apply_delta
+from sync.delta_fetch import MAX_OFFER_BYTES, MIN_BYTES, bases_for, question, read_offer
+from sync.download import Busy, Download, Limits, Mismatch, Route
+from sync.errors import Absent, DigestMismatch, Malformed, SyncError, Unavailable
+from sync.folder_source import SCHEME, FolderRead
+from sync.pace import Pace
+from sync.part import Part, taken
 from sync.store import BlobStore
 
 ROUNDS = 3
 """How often every source is asked for one file before the caller hears of it (and has its own, longer backoff)."""
 ROUND_SECONDS = 0.5
 """Pause after the first round; doubled after each further one, jittered."""
+BUSY_SECONDS = 120.0
+"""How long a source that says it is busy is waited for, for one file: what stands behind it costs more."""
+BUSY_RATE = 100_000.0
+"""Bytes per second: a file of so many is waited for a second longer, since a mirror may be fetching it for us."""
+DELTA_SECONDS = 15.0
+"""How long a source is waited for that is making a delta; then the whole file is fetched."""
 MAX_PARALLEL = 2
 """Files at once: a node's uplink is rarely faster with more."""
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`url`: base of `/blobs/{digest}` and of signed documents. `token`: bearer credential, if it wants one."""
+    """`url`: base of `/blobs/{digest}` and of signed documents, or file:///folder, or mqtt:. `token`: bearer credential, if it
+    wants one; a function makes it anew for each transfer. `route`: how to get there."""
 
     url: str
-    token: str | None = field(default=None, repr=False)
+    token: str | Callable[[], str] | None = field(default=None, repr=False)
+    route: Route | None = None
+
+
+class Transfer(Protocol):
+    """One file of one source, read in a thread. `stop` is called from another one."""
+
+    def into(self, part: Part, digest: str, size: int) -> None: ...
+    def read(self, limit: int) -> bytes: ...
+    def size(self) -> int: ...
+    def stop(self, why: str = ...) -> None: ...
 
 
 class Fetcher:
@@ -52,8 +80,17 @@ class Fetcher:
         self._store = store
         self._clock = clock or SystemClock()
         self._limits = limits or Limits()
+        self.pace = Pace()
+        """What an update may use of the network; may be changed at any time."""
+        self.room_for: Callable[[str, int], AbstractAsyncContextManager[None]] = lambda digest, size: nullcontext()
+        """Around each transfer of (digest, size). Raises StoreFailed when it must not be written."""
+        self._blocks: Blocks | None = None
+        self.deltas = True
+        """Whether sources are asked for deltas."""
+        self.counts: Counter[str] = Counter()
+        """`whole`, `delta`: files brought so; `delta_refused`; `saved`: bytes that deltas saved."""
         self._slots = asyncio.Semaphore(MAX_PARALLEL)
-        self._running: set[Download] = set()
+        self._running: set[Transfer] = set()
         # Weak: a lock is forgotten when the last call that holds or awaits it is gone, never before.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -69,58 +106,145 @@ class Fetcher:
         """
         lock = self._locks.setdefault(digest, asyncio.Lock())
         async with lock:
-            if not self._store.has(digest):
-                await self._bring(digest, size)
+            if not self._store.claim(digest):
+                async with self.room_for(digest, size):
+                    if not await self._bring_by_delta(digest, size):
+                        await self._bring(digest, size)
+                        self.counts["whole"] += 1
             return self._store.path(digest)
 
-    async def document(self, path: str, *, enough: Callable[[bytes], bool] = bool) -> bytes:
-        """A small signed document at `path`, at most MAX_DOCUMENT_BYTES, from the first source whose answer is `enough`.
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Nearest first."""
+        return self._sources
 
-        A mirror may be behind: when no answer is enough, the last one that came. `enough` is called outside the event loop.
-        Raises Unavailable when none came.
+    def add(self, source: Source) -> None:
+        """Ask this one before all others from now on: a folder that a medium brought."""
+        self._sources = (source, *(known for known in self._sources if known != source))
+
+    def fall_back_to(self, blocks: Blocks) -> None:
+        """Ask for blocks over MQTT when no other source delivers."""
+        self._blocks = blocks
+        self._sources = (*(known for known in self._sources if known.url != BLOCKS), Source(BLOCKS))
+
+    def drop(self, source: Source) -> None:
+        """Ask it no more."""
+        self._sources = tuple(known for known in self._sources if known != source)
+
+    async def get(self, source: Source, path: str, limit: int) -> bytes:
+        """A small file at `path` of one source, at most `limit` bytes, unverified.
+
+        Raises Absent when the source does not have it, Unavailable, Malformed when it is longer.
         """
-        answer, why = None, "no source is configured"
+        request = self._request(source, path)
+        return await self._in_thread(request, limit, lambda: request.read(limit))
+
+    async def size(self, digest: str) -> int:
+        """Bytes of a blob as the first source that has it says, unverified. Raises Absent when none has it, Unavailable."""
+        absent, why = True, "no source is configured"
         for source in self._sources:
-            request = Download(source.url + path, source.token, self._limits)
-
-            def work(request: Download = request) -> tuple[bytes, bool]:
-                data = request.read(MAX_DOCUMENT_BYTES)
-                return data, enough(data)
-
+            request = self._request(source, f"/blobs/{digest}")
             try:
-                answer, done = await self._in_thread(request, MAX_DOCUMENT_BYTES, work)
-            except (Unavailable, Malformed) as error:
-                why = str(error)
-                continue
-            if done:
-                break
-        if answer is None:
-            raise Unavailable(f"{path}: {why}")
-        return answer
+                return await self._in_thread(request, 0, request.size)
+            except Unavailable as error:
+                absent, why = absent and isinstance(error, Absent), str(error)
+        raise Absent(why) if absent and self._sources else Unavailable(why)
+
+    async def _bring_by_delta(self, digest: str, size: int) -> bool:
+        """Whether the file was made from one that is here. Whatever goes wrong, the whole file is the way out."""
+        near = any(source.url.startswith(SCHEME) for source in self._sources)
+        if not self.deltas or near or size < MIN_BYTES:
+            return False
+        try:
+            entries = list(await asyncio.to_thread(self._store.entries))
+            bases = bases_for(digest, size, entries)
+            here = sum(entry.size for entry in entries if entry.half and entry.digest == digest)
+            offer = await self._offered(question(digest, bases), bases, size - here) if bases else None
+            if offer is None or not self._store.claim(offer.base):
+                return False
+            if not self._store.claim(offer.delta):
+                async with self.room_for(offer.delta, offer.size):
+                    await self._bring(offer.delta, offer.size)
+            await self._make(digest, size, offer)
+        except SyncError as error:
+            self.counts["delta_refused"] += 1
+            log.warning("a delta was of no use, the whole file is fetched: %s: %s", error.code, error)
+            return False
+        self.counts["delta"] += 1
+        self.counts["saved"] += size - offer.size
+        return True
+
+    async def _offered(self, path: str, bases: Sequence[str], missing: int) -> Offer | None:
+        """The first source's offer that is worth it; a source without one is passed over."""
+        patience = DELTA_SECONDS
+        for source in (source for source in self._sources if source.url != BLOCKS):
+            while True:
+                try:
+                    return read_offer(await self.get(source, path, MAX_OFFER_BYTES), bases, missing)
+                except Busy as error:
+                    wait = max(error.seconds, ROUND_SECONDS) * random.uniform(1.0, 1.5)  # noqa: S311
+                    if wait > patience:
+                        return None
+                    patience -= wait
+                    await self._clock.sleep(wait)
+                except (Unavailable, Malformed):
+                    break
+        return None
+
+    async def _make(self, digest: str, size: int, offer: Offer) -> None:
+        """Raises Malformed, StoreFailed, Unavailable."""
+        staged = self._store.staging(digest)
+        made = staged.with_suffix(".delta")
+
+        def work() -> None:
+            base, delta = self._store.path(offer.base), self._store.path(offer.delta)
+            with taken(staged) as part:
+                apply_delta(base, delta, made, base_digest=offer.base, digest=digest, size=size)
+                self._store.publish(digest, made)
+                part.remove()
+
+        await _start(work)
 
     async def _bring(self, digest: str, size: int) -> None:
         good, reasons = list(self._sources), ["no source is configured"]
         mismatch: Mismatch | None = None
+        patience = {source.url: BUSY_SECONDS + size / BUSY_RATE for source in good}
         for round_number in range(ROUNDS):
             if round_number:
                 await self._clock.sleep(ROUND_SECONDS * 2 ** (round_number - 1) * random.uniform(0.5, 1.5))  # noqa: S311
             reasons = reasons if not good else []
             for source in list(good):
+                # Blocks share their way with what the hub has to say: only when nothing else so much as answers.
+                early = len(good) > 1 and round_number < ROUNDS - 1
+                if source.url == BLOCKS and (early or mismatch is not None):
+                    continue
                 try:
-                    return await self._from(source, digest, size)
+                    return await self._patiently(source, digest, size, patience)
                 except Mismatch as error:
                     mismatch = error
                     good.remove(source)
                 except Unavailable as error:
                     reasons.append(str(error))
-            if not good:
+            if not good or (mismatch is not None and not _besides_blocks(good)):
                 break
-        if mismatch is not None and not good:
+        if mismatch is not None and not _besides_blocks(good):
             raise DigestMismatch(str(mismatch))
         raise Unavailable("; ".join(reasons))
 
+    async def _patiently(self, source: Source, digest: str, size: int, patience: dict[str, float]) -> None:
+        """A source that is busy is asked again when it says so, jittered, while there is patience left for it."""
+        while True:
+            try:
+                return await self._from(source, digest, size)
+            except Busy as error:
+                wait = max(error.seconds, ROUND_SECONDS) * random.uniform(1.0, 1.5)  # noqa: S311
+                if wait > patience[source.url]:
+                    raise
+                patience[source.url] -= wait
+                await self._clock.sleep(wait)
+
     async def _from(self, source: Source, digest: str, size: int) -> None:
-        request = Download(f"{source.url}/blobs/{digest}", source.token, self._limits)
+        request = self._request(source, f"/blobs/{digest}")
 
         def work() -> None:
             staged = self._store.staging(digest)
@@ -132,9 +256,17 @@ class Fetcher:
         async with self._slots:
             await self._in_thread(request, size, work)
 
-    async def _in_thread(self, request: Download, size: int, work: Callable[[], T]) -> T:
+    def _request(self, source: Source, path: str) -> Transfer:
+        if source.url == BLOCKS and self._blocks is not None:
+            return self._blocks.transfer(path)
+        if source.url.startswith(SCHEME):
+            return FolderRead(source.url, path)
+        return Download(source.url + path, source.token, self._limits, self.pace, source.route)
+
+    async def _in_thread(self, request: Transfer, size: int, work: Callable[[], T]) -> T:
         """Run `work`, whose transfer is cut when its time is over; when cancelled, cut it and wait for its thread."""
-        seconds = self._limits.seconds(size)
+        slowest = None if self.pace.rate is None else self.pace.rate / MAX_PARALLEL
+        seconds = self._limits.seconds(size, slowest)
         late = asyncio.get_running_loop().call_later(seconds, request.stop, f"not done within {seconds:.1f} s")
         self._running.add(request)
         try:
@@ -149,6 +281,10 @@ class Fetcher:
         finally:
             late.cancel()
             self._running.discard(request)
+
+
+def _besides_blocks(sources: Sequence[Source]) -> list[Source]:
+    return [source for source in sources if source.url != BLOCKS]
 
 
 def _start(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -17,11 +17,12 @@ LOOK_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """`event`: of `sync.states`. `seconds`: after which to look again at the latest."""
+    """`event`: of `sync.states`. `seconds`: after which to look again at the latest. `seen`: how many changes it knows of."""
 
     event: str
     reason: str
     seconds: float
+    seen: int
 
 
 class Gate:
@@ -32,10 +33,12 @@ class Gate:
         self._settings = settings
         self._clock = clock
         self._waiting: set[asyncio.Event] = set()
+        self._changes = 0
         holds.watch(self.look_again)
 
     def look_again(self) -> None:
         """Settings or holds are others than before."""
+        self._changes += 1
         for waiting in self._waiting:
             waiting.set()
 
@@ -47,19 +50,21 @@ class Gate:
         hold, left = self._holds.current(), settings.max_hold_seconds - held
         # One hold after the other must not add up to more than one may last.
         if hold is not None and left > 0:
-            return Obstacle("hold", hold.reason, min(hold.until - self._clock.monotonic(), left))
+            return Obstacle("hold", hold.reason, min(hold.until - self._clock.monotonic(), left), self._changes)
         wall = self._clock.wall()
         if is_open(settings.windows, wall):
             return None
         opening = next_opening(settings.windows, wall)
         seconds = LOOK_SECONDS if opening is None else opening - wall
-        return Obstacle("window", "no maintenance window is open", min(seconds, LOOK_SECONDS))
+        return Obstacle("window", "no maintenance window is open", min(seconds, LOOK_SECONDS), self._changes)
 
-    async def changed(self, seconds: float) -> None:
-        """Return after `seconds`, or when something is other than before."""
+    async def changed(self, obstacle: Obstacle) -> None:
+        """Return after its seconds, or when something is other than it was when `obstacle` was found."""
+        if self._changes != obstacle.seen:
+            return
         event = asyncio.Event()
         self._waiting.add(event)
-        waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._clock.sleep(seconds))]
+        waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._clock.sleep(obstacle.seconds))]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

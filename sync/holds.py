@@ -75,8 +75,10 @@ class Holds:
         """Let `hold` outlive this process: who asked for it lives in another one. Raises StoreFailed."""
         if self._disk is not None:
             until = self._clock.wall() + hold.until - self._clock.monotonic()
-            self._kept.add(hold.id)
-            await asyncio.to_thread(self._disk.keep_hold, hold.id, hold.reason, until)
+            self._drop_expired()
+            over = self._kept - self._holds.keys()
+            self._kept = {*(self._kept - over), hold.id}
+            await asyncio.to_thread(self._disk.keep_hold, hold.id, hold.reason, until, over)
 
     def release(self, name: str) -> bool:
         """Whether there was such a hold."""

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Document(msgspec.Struct, frozen=True):
     """The signed payload. Unknown fields are ignored, as in every message: the other side may be of another release.
 
-    `kind`: desired, policy or settings. `scope`: `node:<id>`, `tenant:<name>` or `group:<tenant>.<name>`.
+    `kind`: desired, policy, settings or software. `scope`: `node:<id>`, `tenant:<name>` or `group:<tenant>.<name>`.
     `revision`: monotone per (kind, scope). `issued`, `expires`: Unix seconds, `expires` None = does not expire.
     `digests`: every file that `body` names. `body`: JSON that only the activator reads, kept as raw bytes.
     """
@@ -73,6 +73,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     """What a node runs. Retained, so the hub sees it again after its own restart.
 
     `documents`: kind -> report. `running`: model name -> `package/version`. `seq`: monotone within one `boot`.
+    `alarms`: name -> what is wrong, while it is.
     """
 
     v: int = 1
@@ -81,6 +82,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     documents: dict[str, DocumentReport]
     running: dict[str, str] = {}
     refused: dict[str, int] = {}
+    alarms: dict[str, str] = {}
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

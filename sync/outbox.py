@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from secrets import token_hex
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -129,7 +128,7 @@ class Outbox:
 
     def _entry(self, kind: str, body: bytes, priority: int | None, ttl: float | None) -> Entry:
         policy = self.policy.of(check_kind(kind))
-        if kind not in self._kinds:
+        if kind not in self._kinds and kind not in self.policy.kinds:
             if len(self._kinds) >= MAX_KINDS:
                 raise Malformed(f"kind {kind!r}: a node has at most {MAX_KINDS} kinds of events")
             self._kinds.add(kind)
@@ -224,8 +223,8 @@ class Outbox:
         return await self._in_thread(lambda store: store.waiting(limit, flying, self._clock.monotonic()))
 
     async def fetch_again(self, seqs: Sequence[int]) -> Waiting:
-        """Those of `seqs` that still wait. Raises StoreFailed."""
-        return await self._in_thread(lambda store: store.again(seqs))
+        """Those of `seqs` that still wait and are not past their time. Raises StoreFailed."""
+        return await self._in_thread(lambda store: store.again(seqs, self._clock.monotonic()))
 
     async def oldest(self) -> float | None:
         """Unix seconds of the event that has waited longest. Raises StoreFailed."""
@@ -268,6 +267,7 @@ class Outbox:
         except BaseException:
             self._lost.update(lost)
             self._failed(batch, StoreFailed("the outbox failed"))
+            self.flight.unsettled(settled)
             raise
         self._tell(working=True)
         self.flight.settled(settled)
@@ -326,7 +326,7 @@ class Outbox:
             )
             self._kinds |= store.kinds
             self._set_aside = store.set_aside
-            self.boot = token_hex(8)
+            self.boot = store.boot
             self._store = store
         return self._store
 

@@ -10,7 +10,7 @@ from sync.channel import LinkLike
 from sync.clock import Clock
 from sync.errors import StoreFailed
 from sync.outbox import Outbox
-from sync.outbox_policy import Uniform, packets, spread_of
+from sync.outbox_policy import Allowance, Uniform, packets, spread_of
 from sync.outbox_store import Waiting
 from sync.topics import up
 
@@ -33,6 +33,7 @@ class Sender:
         self._topic = up(node_id, "event")
         self._clock = clock
         self._uniform = uniform
+        self._allowance = Allowance(clock.monotonic())
         self._wake = asyncio.Event()
         self._drained = False
         self._sweep_at = clock.monotonic() + SWEEP_SECONDS
@@ -72,14 +73,14 @@ class Sender:
     async def _send_due(self) -> None:
         flight = self._outbox.flight
         due = flight.due(self._clock.monotonic())
-        if due:
+        if due and self._allowed:
             found = await self._outbox.fetch_again(due)
             flight.keep_only(due, (event.seq for event in found.events))
             self._publish(found)
 
     async def _send_new(self) -> None:
         flight = self._outbox.flight
-        while not self._drained and flight.free and self._link.connected:
+        while not self._drained and flight.free and self._link.connected and self._allowed:
             self._drained = True  # before the look: what is put in meanwhile says so again
             found = await self._outbox.fetch(flight.free)
             if not found.events:
@@ -88,11 +89,17 @@ class Sender:
             self._publish(found)
 
     def _publish(self, found: Waiting) -> None:
-        outbox, flight = self._outbox, self._outbox.flight
-        made = packets(found.events, flight.lonely, boot=outbox.boot, starts=outbox.starts, low=found.low)
+        flight = self._outbox.flight
+        # Of the file they were read from: it may have been replaced since, by one with numbers of its own.
+        made = packets(found.events, flight.lonely, boot=found.boot, starts=found.starts, low=found.low)
         for payload, events in made:
             self._link.publish(self._topic, payload, qos=1)
+            self._allowance.spend(len(payload))
             flight.sent(events, self._clock.monotonic())
+
+    @property
+    def _allowed(self) -> bool:
+        return self._allowance.wait(self._clock.monotonic()) == 0
 
     async def _rest(self) -> None:
         """Until something changes or something is due; without end when nothing waits."""
@@ -101,11 +108,16 @@ class Sender:
             if now >= self._sweep_at:
                 self._sweep_at = now + SWEEP_SECONDS + self._uniform(0.0, spread_of(self._outbox.flight.fleet))
                 self._outbox.sweep()
-            due = self._outbox.flight.next_due() if self._link.connected else None
+            due = self._next_send(now) if self._link.connected else None
             until = self._sweep_at if due is None else min(due, self._sweep_at)
             await self._until_woken(max(until - now, 0.0))
         else:
             await self._wake.wait()
+
+    def _next_send(self, now: float) -> float | None:
+        flight = self._outbox.flight
+        due = now if flight.free and not self._drained else flight.next_due()
+        return None if due is None else max(due, now + self._allowance.wait(now))
 
     async def _until_woken(self, seconds: float) -> None:
         if self._wake.is_set():

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from threading import Lock
 
 from sync.errors import StoreFailed
@@ -24,6 +25,8 @@ BUSY_SECONDS = 5.0
 WAL_BYTES = 4 * 1024 * 1024
 """What the write-ahead log is cut back to after a burst."""
 SCHEMA = 1
+UNSET_WALL = 1_735_689_600.0
+"""Before 2025 no release of this existed: a clock that says so was never set, and how long a pause took is not known."""
 FULL, REFUSED = "quota", "refused"
 """Reasons of drops that this file decides on."""
 _VICTIMS = 256
@@ -82,20 +85,24 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Events to send, in order. `low`: no event with a smaller number waits."""
+    """Events to send, in order. `low`: no event with a smaller number waits. `boot`, `starts`: of the file they are from."""
 
     events: Sequence[Event]
     low: int
+    boot: str
+    starts: int
 
 
 class OutboxStore:
     """Raises StoreFailed when the disk refuses, Damaged when the file is broken.
 
-    `starts`: how often the file was opened. Time to live runs on `elapsed`, seconds since the file was made: by the monotonic
-    clock while it is open, so a clock that is set does not expire what waits, by the wall clock over a pause.
+    `boot` names this opening of the file, `starts` counts them. Time to live runs on `elapsed`, seconds since the file was
+    made: by the monotonic clock while it is open, so a clock that is set does not expire what waits, by the wall clock over a
+    pause, from the latest it ever showed.
     """
 
     def __init__(self, path: Path, quota: Quota, *, wall: float, monotonic: float, set_aside: int = 0) -> None:
+        self.boot = token_hex(8)
         self._quota = quota
         self._counters: Counter[tuple[str, str, str]] = Counter()
         self._lock = Lock()
@@ -107,7 +114,7 @@ class OutboxStore:
             except BaseException:
                 self._db.close()
                 raise
-        self._wall, self._monotonic = wall, monotonic
+        self._monotonic = monotonic
 
     def _open(self, wall: float, set_aside: int) -> None:
         db = self._db
@@ -125,10 +132,11 @@ class OutboxStore:
             db.execute("INSERT OR IGNORE INTO meta VALUES (1, 0, ?, 0, ?)", (set_aside, wall))
             starts, aside, elapsed, before = db.execute("SELECT starts, set_aside, elapsed, wall FROM meta").fetchone()
             self.starts, self.set_aside = starts + 1, max(aside, set_aside)
-            self._elapsed = elapsed + max(wall - before, 0.0)
+            self._elapsed = elapsed + (max(wall - before, 0.0) if before >= UNSET_WALL else 0.0)
+            self._wall = max(wall, before)
             db.execute(
                 "UPDATE meta SET starts = ?, set_aside = ?, elapsed = ?, wall = ?",
-                (self.starts, self.set_aside, self._elapsed, wall),
+                (self.starts, self.set_aside, self._elapsed, self._wall),
             )
         for kind, what, reason, count in db.execute("SELECT kind, what, reason, count FROM counters"):
             self._counters[kind, what, reason] = count
@@ -161,6 +169,7 @@ class OutboxStore:
     def apply(self, change: Change, *, wall: float, monotonic: float) -> frozenset[str]:
         """One transaction; the ids of events dropped by it for lack of room."""
         now = self._elapsed + max(monotonic - self._monotonic, 0.0)
+        wall = max(wall, self._wall)
         step = _Step(self._db, self._quota, self.rows, self.size)
         with self._transaction():
             step.settle(change.delivered, change.refused)
@@ -186,13 +195,12 @@ class OutboxStore:
         where = f"(expires IS NULL OR expires > ?) AND seq NOT IN ({marks})"
         return self._read(f"{_SELECT} WHERE {where} ORDER BY priority DESC, seq LIMIT ?", (now, *flying, limit))
 
-    def again(self, seqs: Collection[int]) -> Waiting:
-        """Those of `seqs` that still wait, in the order of sending."""
+    def again(self, seqs: Collection[int], monotonic: float) -> Waiting:
+        """Those of `seqs` that still wait and are not past their time, in the order of sending."""
+        now = self._elapsed + max(monotonic - self._monotonic, 0.0)
         marks = ",".join("?" * len(seqs))
-        query = (
-            f"SELECT id, seq, kind, body, priority, at FROM events WHERE seq IN ({marks}) ORDER BY priority DESC, seq"  # noqa: S608
-        )
-        return self._read(query, tuple(seqs))
+        where = f"(expires IS NULL OR expires > ?) AND seq IN ({marks})"
+        return self._read(f"{_SELECT} WHERE {where} ORDER BY priority DESC, seq", (now, *seqs))
 
     def _read(self, query: str, values: Sequence[object]) -> Waiting:
         with _disk():
@@ -207,6 +215,8 @@ class OutboxStore:
                 for id_, seq, kind, body, priority, at in rows
             ],
             low,
+            self.boot,
+            self.starts,
         )
 
     @contextmanager

@@ -54,10 +54,14 @@ KEY_SECONDS = 5.0
 """How long a document waits for the refresh that might bring its key: what watches the version in force waits with it."""
 RECHECK_SECONDS = 60.0
 """Age at which what a file's listing said is asked again before an update: it may have been withdrawn since."""
+SOURCE_SECONDS = 60.0
+"""What one source may take of a refresh: the next one gets its turn before whoever waits has given up. What came is kept."""
 FRESH_SECONDS = 86_400.0
 """A timestamp signed longer ago is stale: the next source is asked, and without a better one an alarm is raised."""
 POLL_SECONDS = 3_600.0
 """How often a node that is asked nothing looks for itself; half to one and a half times that."""
+WANTED_SECONDS = 60.0
+"""How soon it looks when somebody had to be sent away for want of a keyring; doubled each time, jittered as the other."""
 MAX_NAMES = 4_096
 """Listings remembered, and looked up at once."""
 
@@ -119,6 +123,9 @@ class Packages:
         self._files: dict[str, int] = {}
         self._alarm = ""
         self._background: set[asyncio.Future[None]] = set()
+        self._wanted = asyncio.Event()
+        self._patience = WANTED_SECONDS
+        self._watchers: list[Callable[[], None]] = []
         self._approval = state.approval()
         self._keyring = None if self._approval is None else decode_keyring(self._approval.keyring)
 
@@ -128,14 +135,35 @@ class Packages:
             refreshing.cancel()
         self._client.close()
 
+    def watch(self, heard: Callable[[], None]) -> None:
+        """Call `heard`, in the event loop, after every good refresh: a keyring that was missing may be here."""
+        self._watchers.append(heard)
+
     async def run(self) -> None:
         """Look for news now and then, until cancelled: so a withdrawn key or file is known before it is used."""
         while True:
-            await self._clock.sleep(POLL_SECONDS * self._uniform(0.5, 1.5))
+            await self._pause()
             try:
                 await self.refresh()
             except SyncError as error:
                 log.info("the update repository was not read: %s", error)
+            except Exception:
+                log.exception("the update repository could not be asked")
+
+    async def _pause(self) -> None:
+        """Until it is time to look; sooner when a keyring is wanted."""
+        waits = (
+            asyncio.ensure_future(self._clock.sleep(POLL_SECONDS * self._uniform(0.5, 1.5))),
+            asyncio.ensure_future(self._wanted.wait()),
+        )
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._wanted.is_set():
+            await self._clock.sleep(self._patience * self._uniform(0.5, 1.5))
+            self._patience = min(2 * self._patience, POLL_SECONDS)
 
     async def refresh(self) -> None:
         """Ask the sources now; calls that wait share one refresh. Raises a SyncError when no source gave a good answer."""
@@ -170,8 +198,14 @@ class Packages:
         Costs nothing otherwise. Raises Expired when no source has anything newer, or what a first refresh raises.
         """
         keyring = self._keyring
+        if keyring is None or self._expired():
+            self._wanted.set()  # until a refresh is good
         if keyring is None:
-            await self._refresh_soon()
+            try:
+                await self._refresh_soon()
+            except Unavailable:
+                if self._keyring is None:  # it may have come just after we gave up
+                    raise
         elif self._aged(self._tries[-1] if self._tries else None) >= UNKNOWN_KEY_GAP and (
             self._expired() or (kid is not None and keyring.find(kid) is None)
         ):
@@ -283,8 +317,7 @@ class Packages:
         good, errors = False, []
         for source in self._fetcher.sources:
             try:
-                answer = await self._ask(wanted, self._from(source))
-                await self._take(answer, wanted, source)
+                answer = await self._ask_source(wanted, source)
             except SyncError as error:
                 errors.append(error)
                 continue
@@ -295,6 +328,18 @@ class Packages:
         if not good:
             refusals = [error for error in errors if isinstance(error, Refused)]
             raise (refusals or errors or [Unavailable("no source is configured")])[-1]
+
+    async def _ask_source(self, wanted: Collection[str], source: Source) -> Answer:
+        transfers = _Transfers(self._fetcher, source)
+        # When it is over, in whatever way: nothing of this source is under way any more, and the child has its answer.
+        end = asyncio.ensure_future(self._clock.sleep(SOURCE_SECONDS))
+        end.add_done_callback(transfers.cut)
+        try:
+            answer = await self._ask(wanted, transfers.get)
+            await self._take(answer, wanted, transfers)
+            return answer
+        finally:
+            end.cancel()
 
     async def _from_cache(self, digests: Collection[str]) -> bool:
         """Look up in the metadata that is here, after a start without network."""
@@ -314,18 +359,6 @@ class Packages:
         self._note(answer, digests)
         return self._lists(digests)
 
-    def _from(self, source: Source) -> Callable[[str, int], bytes]:
-        """For the thread that talks to the child: a transfer in the event loop, with its limits and its end."""
-        loop = asyncio.get_running_loop()
-
-        def get(path: str, limit: int) -> bytes:
-            try:
-                return asyncio.run_coroutine_threadsafe(self._fetcher.get(source, PATH + path, limit), loop).result()
-            except (CancelledError, RuntimeError) as error:
-                raise Unavailable("the transfer was cancelled") from error
-
-        return get
-
     async def _ask(self, wanted: Collection[str], get: Callable[[str, int], bytes]) -> Answer:
         names = (KEYRING, *(f"sha256/{digest.removeprefix('sha256:')}" for digest in sorted(wanted)))
         ask = Ask(
@@ -342,17 +375,17 @@ class Packages:
             raise _ERRORS.get(answer.code, Malformed)(answer.text)
         return answer
 
-    async def _take(self, answer: Answer, wanted: Collection[str], source: Source) -> None:
+    async def _take(self, answer: Answer, wanted: Collection[str], transfers: _Transfers) -> None:
         """Floors first, then the keyring, then what the answer allows."""
         now = self._clock.wall()
         # Fresh metadata vouches that the clock is not ahead by more than its lifetime: only such readings are kept.
         seen = now if now <= answer.expires else 0.0
-        if answer.issued <= self._now() + CLOCK_LEEWAY:
+        if answer.issued <= now + CLOCK_LEEWAY:  # not of the floor: times ahead of the clock would add up
             seen = max(seen, answer.issued)
         await asyncio.to_thread(self._state.raise_tuf, answer.marks, answer.kept, seen)
         if KEYRING not in answer.files:
             raise NotListed("the update repository has no keyring for documents")
-        keyring = await self._bring_keyring(answer.files[KEYRING], source)
+        keyring = await self._bring_keyring(answer.files[KEYRING], transfers)
         refreshed = answer.issued or now
         approval = Approval(answer.expires, refreshed, answer.files[KEYRING].digest, keyring)
         parsed = decode_keyring(keyring)
@@ -360,6 +393,10 @@ class Packages:
             await asyncio.to_thread(self._state.approve, approval)
         self._approval, self._keyring = approval, parsed
         self._note(answer, wanted)
+        self._wanted.clear()
+        self._patience = WANTED_SECONDS
+        for heard in self._watchers:
+            heard()
 
     def _note(self, answer: Answer, wanted: Collection[str]) -> None:
         for digest in wanted:
@@ -371,15 +408,52 @@ class Packages:
         while len(self._files) > MAX_NAMES:
             del self._files[next(iter(self._files))]
 
-    async def _bring_keyring(self, listed: Listed, source: Source) -> bytes:
+    async def _bring_keyring(self, listed: Listed, transfers: _Transfers) -> bytes:
         if self._approval is not None and self._approval.digest == listed.digest:
             return self._approval.keyring
         if listed.size > MAX_KEYRING_BYTES:
             raise Malformed(f"keyring: {listed.size} bytes, at most {MAX_KEYRING_BYTES} are accepted")
-        data = await self._fetcher.get(source, f"/blobs/{listed.digest}", listed.size)
+        data = await transfers.bring(f"/blobs/{listed.digest}", listed.size)
         if digest_of(data) != listed.digest:
-            raise DigestMismatch(f"{source.url} delivered another keyring than the one signed for")
+            raise DigestMismatch(f"{transfers.url} delivered another keyring than the one signed for")
         return data
+
+
+class _Transfers:
+    """What is asked of one source in one refresh, until it is cut. Lives in the event loop; `get` is for another thread."""
+
+    def __init__(self, fetcher: Fetcher, source: Source) -> None:
+        self.url = source.url
+        self._fetcher = fetcher
+        self._source = source
+        self._loop = asyncio.get_running_loop()
+        self._under_way: asyncio.Future[bytes] | None = None
+        self._over = False
+
+    def get(self, path: str, limit: int) -> bytes:
+        """A metadata file; blocks."""
+        try:
+            return asyncio.run_coroutine_threadsafe(self.bring(PATH + path, limit), self._loop).result()
+        except (CancelledError, RuntimeError) as error:
+            raise Unavailable("the transfer was cancelled") from error
+
+    async def bring(self, path: str, limit: int) -> bytes:
+        """Raises what `Fetcher.get` does; Unavailable when it was cut."""
+        why = f"{self.url} was not done within {SOURCE_SECONDS:g} s"
+        if self._over:
+            raise Unavailable(why)
+        self._under_way = asyncio.ensure_future(self._fetcher.get(self._source, path, limit))
+        try:
+            return await self._under_way
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise Unavailable(why) from None
+
+    def cut(self, end: object = None) -> None:
+        self._over = True
+        if self._under_way is not None:
+            self._under_way.cancel()
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
@@ -393,5 +467,8 @@ async def _in_thread(work: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits for it
             outcome.set_exception(error)
 
-    Thread(target=run, name="update metadata", daemon=True).start()
+    try:
+        Thread(target=run, name="update metadata", daemon=True).start()
+    except RuntimeError as error:
+        raise Unavailable(f"no thread for the update metadata: {error}") from error
     return await asyncio.wrap_future(outcome)

@@ -10,9 +10,10 @@ Floors and condemned versions are also kept in memory: what the event loop asks 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from threading import Lock
 
@@ -50,6 +51,8 @@ CREATE TABLE IF NOT EXISTS holds (id TEXT PRIMARY KEY, reason TEXT NOT NULL, unt
 """
 
 
+_CONFIRMED, _PROVED = 1, 2
+"""Of the column `confirmed`: its probation is over, for want of traffic; it did its work."""
 _RAISE_TIME = "INSERT INTO time_floor VALUES (1, ?) ON CONFLICT DO UPDATE SET seconds = max(seconds, excluded.seconds)"
 
 
@@ -63,11 +66,12 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Stored envelopes; None = the slot is empty. `proved`: the active one was confirmed."""
+    """Stored envelopes; None = the slot is empty. `confirmed`: the probation of the active one is over; `proved`: by its work."""
 
     active: bytes | None = None
     previous: bytes | None = None
     candidate: bytes | None = None
+    confirmed: bool = False
     proved: bool = False
 
 
@@ -141,7 +145,8 @@ class StateStore:
         with self._lock, self._disk():
             rows = self._db.execute(query, (kind, scope)).fetchall()
         envelopes = {slot: envelope for slot, envelope, _ in rows}
-        return Slots(**envelopes, proved=any(slot == "active" and confirmed for slot, _, confirmed in rows))
+        level = max((confirmed for slot, _, confirmed in rows if slot == "active"), default=0)
+        return Slots(**envelopes, confirmed=level >= _CONFIRMED, proved=level >= _PROVED)
 
     def condemned(self, kind: str, scope: str) -> tuple[str, str]:
         """(digest, reason) of the version last rolled back from; empty strings when there is none."""
@@ -192,26 +197,43 @@ class StateStore:
             db.execute("INSERT OR REPLACE INTO approved VALUES (1, ?, ?, ?, ?)", values)
         self._approval = approval
 
-    def accept(self, verified: Verified, envelope: bytes) -> None:
-        """Raise the floor and store the candidate, before anything is done about it."""
-        with self._transaction() as db:
-            _raise_floor(db, verified)
-            _put(db, verified, "candidate", envelope)
-        self._remember(verified)
+    def accept(self, verified: Verified, envelope: bytes, now: float = inf) -> None:
+        """Raise the floor and store the candidate, before anything is done about it.
 
-    def activate(self, verified: Verified, envelope: bytes) -> None:
-        """Make the candidate the active document. What was active becomes the previous one if it had proved itself."""
+        `now`: the clock, Unix seconds. A signed time ahead of it raises the time floor no further: else times that are each
+        within the leeway would add up, and no key that is withdrawn later would bring the floor down again.
+        """
         with self._transaction() as db:
-            _raise_floor(db, verified)
+            _raise_floor(db, verified, now)
+            _put(db, verified, "candidate", envelope)
+        self._remember(verified, now)
+
+    def activate(
+        self, verified: Verified, envelope: bytes, now: float = inf, *, proved: Progress | None = None
+    ) -> None:
+        """Make the candidate the active document. What was active becomes the previous one if its probation was over.
+
+        `now`: as in `accept`. `proved`: recorded with it, of a document that needs no probation.
+        """
+        with self._transaction() as db:
+            _raise_floor(db, verified, now)
             name = (verified.document.kind, verified.document.scope)
             # An active version still on probation is no place to roll back to while an older good one is there.
-            proved = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'active' AND confirmed = 1"
+            over = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'active' AND confirmed > 0"
             older = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'previous'"
-            if db.execute(proved, name).fetchone() or not db.execute(older, name).fetchone():
+            same = "SELECT 1 FROM slots WHERE kind = ? AND scope = ? AND slot = 'active' AND envelope = ?"
+            # Nor is the very one that is tried again, because it could not be put in force the last time.
+            if not db.execute(same, (*name, envelope)).fetchone() and (
+                db.execute(over, name).fetchone() or not db.execute(older, name).fetchone()
+            ):
                 _move(db, name, "active", "previous")
             _clear(db, name, "candidate")
             _put(db, verified, "active", envelope)
-        self._remember(verified)
+            if proved is not None:
+                level = "UPDATE slots SET confirmed = ? WHERE kind = ? AND scope = ? AND slot = 'active'"
+                db.execute(level, (_PROVED, *name))
+                _record(db, name, proved)
+        self._remember(verified, now)
 
     def forget_candidate(self, kind: str, scope: str) -> None:
         with self._transaction() as db:
@@ -225,13 +247,14 @@ class StateStore:
             row = db.execute("SELECT starts FROM slots WHERE kind = ? AND scope = ? AND slot = ?", name).fetchone()
             return int(row[0]) if row else 0
 
-    def end_start(self, kind: str, scope: str, slot: str, *, confirmed: bool) -> None:
-        """The process survived the start. `confirmed`: the document also proved itself."""
+    def end_start(self, kind: str, scope: str, slot: str, *, confirmed: bool, proved: bool = False) -> None:
+        """The process survived the start. `confirmed`: the probation is over; `proved`: because the document did its work."""
         with self._transaction() as db:
             statement = (
                 "UPDATE slots SET starts = 0, confirmed = max(confirmed, ?) WHERE kind = ? AND scope = ? AND slot = ?"
             )
-            db.execute(statement, (int(confirmed), kind, scope, slot))
+            level = _PROVED if proved else _CONFIRMED if confirmed else 0
+            db.execute(statement, (level, kind, scope, slot))
 
     def roll_back(self, kind: str, scope: str, digest: str, reason: str) -> None:
         """Drop the active document for good and make the previous one active. The floor stays: this is no downgrade."""
@@ -272,20 +295,18 @@ class StateStore:
 
     def record(self, kind: str, scope: str, progress: Progress) -> None:
         """On the disk when this returns: what is entered afterwards is what a restart finds."""
-        row = (progress.state, progress.revision, progress.digest, progress.since, progress.attempts, progress.held)
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (kind, scope, *row, progress.error, progress.detail),
-            )
+            _record(db, (kind, scope), progress)
 
     def holds(self) -> list[tuple[str, str, float]]:
         """(id, reason, until in Unix seconds) of the holds that outlive the process."""
         with self._lock, self._disk():
             return list(self._db.execute("SELECT id, reason, until FROM holds ORDER BY until"))
 
-    def keep_hold(self, name: str, reason: str, until: float) -> None:
+    def keep_hold(self, name: str, reason: str, until: float, over: Iterable[str] = ()) -> None:
+        """`over`: holds that ended by themselves, and go."""
         with self._transaction() as db:
+            db.executemany("DELETE FROM holds WHERE id = ?", [(each,) for each in over])
             db.execute("INSERT OR REPLACE INTO holds VALUES (?, ?, ?)", (name, reason, until))
 
     def forget_hold(self, name: str) -> None:
@@ -294,14 +315,14 @@ class StateStore:
 
     # --- plumbing -----------------------------------------------------------------------------------------------
 
-    def _remember(self, verified: Verified) -> None:
+    def _remember(self, verified: Verified, now: float) -> None:
         """What `_raise_floor` has just put on the disk."""
         document = verified.document
         name = (document.kind, document.scope)
         with self._lock:
             if document.revision > self.floor(*name).revision:
                 self._floors[name] = Floor(document.revision, verified.digest)
-            self._time_floor = max(self._time_floor, document.issued)
+            self._time_floor = max(self._time_floor, min(document.issued, now))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -349,14 +370,14 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
     return db
 
 
-def _raise_floor(db: sqlite3.Connection, verified: Verified) -> None:
+def _raise_floor(db: sqlite3.Connection, verified: Verified, now: float) -> None:
     document = verified.document
     db.execute(
         "INSERT INTO floors VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
         " SET revision = excluded.revision, digest = excluded.digest WHERE excluded.revision > revision",
         (document.kind, document.scope, document.revision, verified.digest),
     )
-    db.execute(_RAISE_TIME, (document.issued,))
+    db.execute(_RAISE_TIME, (min(document.issued, now),))
 
 
 def _put(db: sqlite3.Connection, verified: Verified, slot: str, envelope: bytes) -> None:
@@ -366,6 +387,14 @@ def _put(db: sqlite3.Connection, verified: Verified, slot: str, envelope: bytes)
         "INSERT INTO slots (kind, scope, slot, envelope) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET confirmed = 0,"
         " starts = CASE WHEN envelope = excluded.envelope THEN starts ELSE 0 END, envelope = excluded.envelope",
         (document.kind, document.scope, slot, envelope),
+    )
+
+
+def _record(db: sqlite3.Connection, name: tuple[str, str], progress: Progress) -> None:
+    row = (progress.state, progress.revision, progress.digest, progress.since, progress.attempts, progress.held)
+    db.execute(
+        "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*name, *row, progress.error, progress.detail),
     )
 
 

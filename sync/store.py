@@ -7,20 +7,30 @@ rename, fsync of the folder: a power cut at any point leaves the file or nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
-from sync.errors import StoreFailed
+from sync.errors import Malformed, StoreFailed
+from sync.quota import Entry
 from sync.trust import check_digest
+
+TOUCH_SECONDS = 600.0
+"""A use is written to the disk at most this often: it only has to tell the longest unused files from the others."""
 
 
 class BlobStore:
     """Raises StoreFailed when the disk refuses, Malformed for a string that is no digest (so no path can escape)."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.root = root
+        self.now = monotonic
         self._blobs = root / "blobs"
         self._staging = root / "staging"
+        self._lock = Lock()
+        self._claimed: dict[str, float] = {}
         with _disk("create the store"):
             for folder in (self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +45,51 @@ class BlobStore:
     def has(self, digest: str) -> bool:
         return self.path(digest).is_file()
 
+    def claim(self, digest: str) -> bool:
+        """Whether the blob is here; then it counts as used now, and no sweep that has begun already removes it."""
+        path = self.path(digest)
+        with self._lock:
+            if not path.is_file():
+                return False
+            before = self._claimed.get(digest)
+            self._claimed[digest] = self.now()
+        if before is None or self.now() - before > TOUCH_SECONDS:
+            try:
+                os.utime(path)
+            except OSError:
+                pass  # a disk that is read-only: it is still served
+        return True
+
+    def entries(self) -> Iterator[Entry]:
+        """Every file and every half download, with its size and the time of its last use."""
+        with _disk("list the store"):
+            for folder, half in ((self._blobs, False), (self._staging, True)):
+                with os.scandir(folder) as found:
+                    names = list(found)
+                for entry in names:
+                    try:
+                        digest = check_digest(f"sha256:{entry.name.removesuffix('.part')}")
+                        status = entry.stat(follow_symlinks=False)
+                    except (Malformed, FileNotFoundError):
+                        continue  # nothing of ours, or published or removed meanwhile
+                    yield Entry(digest, status.st_size, status.st_mtime, half)
+
+    def remove(self, entry: Entry, *, unless_claimed_since: float) -> bool:
+        """Remove a file of `entries`; False when somebody claimed it, by the clock of `now`, or it was gone already.
+
+        A process that has it open keeps reading it.
+        """
+        path = self.staging(entry.digest) if entry.half else self.path(entry.digest)
+        with self._lock, _disk(f"remove {entry.digest}"):
+            if not entry.half and self._claimed.get(entry.digest, float("-inf")) >= unless_claimed_since:
+                return False
+            self._claimed.pop(entry.digest, None)
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            return True
+
     def staging(self, digest: str) -> Path:
         """The file to write a download to; what an earlier attempt left in it may be continued."""
         return self._staging / f"{_hex(digest)}.part"
@@ -45,7 +100,10 @@ class BlobStore:
         with _disk(f"publish {digest}"):
             staged.chmod(0o444)
             _sync(staged)
-            staged.rename(target)
+            os.utime(staged)
+            with self._lock:
+                staged.rename(target)
+                self._claimed[digest] = self.now()
             _sync(self._blobs)
         return target
 
@@ -54,21 +112,6 @@ class BlobStore:
         with _disk("list the store"):
             names = sorted(entry.name for entry in self._blobs.iterdir())
         return (f"sha256:{name}" for name in names)
-
-    def sweep(self, keep: Collection[str]) -> int:
-        """Remove blobs and half downloads that `keep` does not name. Returns how many files went.
-
-        A process that has a removed file open keeps reading it.
-        """
-        kept = {_hex(digest) for digest in keep}
-        removed = 0
-        with _disk("sweep the store"):
-            for folder in (self._blobs, self._staging):
-                for entry in folder.iterdir():
-                    if entry.stem not in kept:
-                        entry.unlink()
-                        removed += 1
-        return removed
 
 
 def _hex(digest: str) -> str:

@@ -1,7 +1,7 @@
 """Every MQTT topic of the control plane, who may use it, and the broker's access list made from that. Pure.
 
-    tierline/v1/{node}/up/{state,caps,tele,event,reported,job,rpc}     node -> hub
-    tierline/v1/{node}/down/{desired,settings,software,ack,job,rpc}       hub -> node
+    tierline/v1/{node}/up/{state,caps,tele,event,reported,job,rpc,block}    node -> hub
+    tierline/v1/{node}/down/{desired,settings,software,ack,job,rpc,block}   hub -> node
     tierline/v1/_t/{tenant}/policy                                     hub -> every node of a tenant
     tierline/v1/_g/{tenant}.{group}/policy                             hub -> every node of a group
     tierline/v1/_hub/state                                             hub -> everybody
@@ -22,8 +22,8 @@ HUB_USER = "_hub-1"
 """User name and client id of the hub's connection. Each further consumer needs its own: two connections under one name
 evict each other."""
 HUB_STATE = f"{ROOT}/_hub/state"
-UP = ("state", "caps", "tele", "event", "reported", "job", "rpc")
-DOWN = ("desired", "settings", "software", "ack", "job", "rpc")
+UP = ("state", "caps", "tele", "event", "reported", "job", "rpc", "block")
+DOWN = ("desired", "settings", "software", "ack", "job", "rpc", "block")
 RETAINED = ("state", "caps", "reported", "desired", "policy", "settings", "software")
 MAX_ID = 64
 
@@ -74,7 +74,7 @@ def group_policy(tenant: str, group: str) -> str:
 
 def hub_filters() -> tuple[str, ...]:
     """What the hub subscribes to. Filters never overlap: overlapping ones deliver a message twice."""
-    return tuple(f"{ROOT}/+/up/{leaf}" for leaf in ("state", "caps", "reported", "event", "rpc"))
+    return tuple(f"{ROOT}/+/up/{leaf}" for leaf in ("state", "caps", "reported", "event", "rpc", "block"))
 
 
 def node_filters(node_id: str, groups: Iterable[str] = ()) -> tuple[str, ...]:

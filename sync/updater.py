@@ -84,6 +84,7 @@ class Updater:
         self._fixed_probation = probation
         self._settings = settings
         self._gate = gate
+        self._point_of_no_return = asyncio.Lock()
         self._in_force = InForce(
             kind,
             scope,
@@ -95,15 +96,18 @@ class Updater:
             probation=self._probation,
             tell=self._heard,
             deadline=self._deadline,
+            no_return=self._point_of_no_return,
         )
         self._seen = state.floor(kind, scope).revision
         self._progress = state.progress(kind, scope) or Progress("idle")
         self._aside: str | None = None
         self._rejected = ("", "")
         self._last_refusal = ""
-        self._point_of_no_return = asyncio.Lock()
+        self._entering = asyncio.Lock()
         self._offers: deque[bytes] = deque(maxlen=MAX_OFFERS)
         self._offered = asyncio.Event()
+        self._unjudged: deque[bytes] = deque(maxlen=MAX_OFFERS)
+        self._keys_came = False
         self._resume: Offer | None = None
         self._held_since: float | None = None
         self._running: Offer | None = None
@@ -144,6 +148,7 @@ class Updater:
             self._resume = None
         if self._progress.state != "idle":
             self._say()
+        self._packages.watch(self._look_again)
         self._worker = asyncio.create_task(self._work(), name=f"updater {self.kind}")
 
     async def _pick_up(self) -> None:
@@ -193,10 +198,22 @@ class Updater:
 
     async def _next_offer(self) -> bytes:
         await self._watch()
-        while not self._offers:
+        while (envelope := self._pop()) is None:
             await self._wait()
             await self._watch()
-        return self._offers.popleft()
+        return envelope
+
+    def _look_again(self) -> None:
+        """There may be keys for what could not be judged."""
+        if self._unjudged:
+            self._keys_came = True
+            self._offered.set()
+
+    def _pop(self) -> bytes | None:
+        """The next to be looked at: what came just now, else the newest of what came before its keys."""
+        if self._offers:
+            return self._offers.popleft()
+        return self._unjudged.pop() if self._keys_came and self._unjudged else None
 
     async def _carry_out(self, offer: Offer) -> Offer | None:
         """Update until done, or until a newer document takes its place, which is returned."""
@@ -207,8 +224,8 @@ class Updater:
             while not update.done() and newer is None:
                 await self._wait(update)
                 await self._watch()
-                if self._offers:
-                    newer = await self._admit(self._offers.popleft())
+                if (envelope := self._pop()) is not None:
+                    newer = await self._admit(envelope)
         finally:
             async with self._point_of_no_return:
                 update.cancel()
@@ -225,7 +242,7 @@ class Updater:
 
     async def _wait(self, *others: asyncio.Task[None]) -> None:
         """Until an offer comes, one of `others` ends, or the verdict is to be looked at."""
-        if self._offers:
+        if self._offers or (self._keys_came and self._unjudged):
             return
         self._offered.clear()
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._offered.wait())]
@@ -243,6 +260,7 @@ class Updater:
         if self._in_force.watching and self._clock.monotonic() >= self._in_force.judge_at:
             async with self._point_of_no_return:
                 await self._in_force.judge()
+            await self._in_force.go_back()
 
     @property
     def _busy(self) -> bool:
@@ -262,6 +280,7 @@ class Updater:
             self._aside = None if self._busy else f"{error.code}: {error}"
             self._say()
             return None
+        self._unjudged.clear()  # what came before it and was never verified is older, or will be sent again
         digest = offer.verified.digest
         if self._running is not None and self._busy and digest == self._running.verified.digest:
             self._say()
@@ -289,7 +308,15 @@ class Updater:
             await self._enter("watched" if self._in_force.on_probation else "good", None, offer)
 
     async def _verify(self, envelope: bytes) -> Verified:
-        keyring = await self._packages.keyring(signer_of(envelope))
+        kid = signer_of(envelope)
+        try:
+            keyring = await self._packages.keyring(kid)
+        except SyncError:
+            if envelope in self._unjudged:
+                self._unjudged.remove(envelope)
+            self._unjudged.append(envelope)
+            self._keys_came = False
+            raise
         floor = self._disk.floor(self.kind, self.scope)
         running = self._running
         now = max(self._clock.wall(), self._disk.time_floor())
@@ -365,13 +392,16 @@ class Updater:
         await self._enter("refused", f"{error.code}: {error}", offer)
 
     async def _try(self, offer: Offer, *, resumed: bool) -> None:
+        if not offer.document.digests and await self._at_once(offer):
+            return
         if not resumed:
             await self._enter("offered", None, offer)
         reach("updater.verified")
         document = offer.document
         if document.digests:
             planned = self._in_force.plan(offer)
-            if not (resumed and all(self._store.has(digest) for digest in planned)):
+            approved = resumed or self._was_in_force(offer)
+            if not (approved and all(self._store.has(digest) for digest in planned)):
                 await self._bring(offer, planned, resumed=resumed)
             reach("updater.fetched")
             await self._pass_gate(offer, "go")
@@ -379,7 +409,6 @@ class Updater:
             blobs = {digest: self._store.path(digest) for digest in planned}
             token = await self._in_force.prepare_candidate(offer, blobs)
         else:
-            # Nothing to fetch, nothing that can crash while it loads: one transaction, in `_commit`, is enough.
             self._in_force.plan(offer)
             await self._pass_gate(offer, "go")
             reach("updater.preparing")
@@ -387,12 +416,48 @@ class Updater:
         reach("updater.prepared")
         await self._put(offer, token)
 
+    async def _at_once(self, offer: Offer) -> bool:
+        """Put a document in force that names no files; False when it must wait, or there may be something to judge.
+
+        Nothing is fetched and nothing can crash while it loads, so one transaction is enough: of its states only the last is
+        recorded, together with what makes it active. Until then the node was in the state before it.
+        """
+        if self._obstacle(offer) is not None or not self._in_force.unquestioned:
+            return False
+        reach("updater.verified")
+        self._in_force.plan(offer)
+        reach("updater.preparing")
+        token = await self._in_force.prepare(offer, {})
+        reach("updater.prepared")
+        taken = False
+        try:
+            async with self._point_of_no_return:
+                if self._obstacle(offer) is None:
+                    async with self._entering:
+                        reach("updater.committing")
+                        now, digest = self._clock.wall(), offer.verified.digest
+                        attempts = self._progress.attempts if digest == self._progress.digest else 0
+                        applied = Progress("applied", offer.document.revision, digest, now, attempts)
+                        await asyncio.to_thread(
+                            self._disk.activate, offer.verified, offer.envelope, now, proved=applied
+                        )
+                        reach("updater.recorded")
+                        await self._in_force.put(offer, token, event="", proved=True)
+                        taken = True
+                        self._is_now(applied)
+                    reach("updater.committed")
+                    await self._in_force.judge()
+        finally:
+            if not taken:
+                await asyncio.shield(self._in_force.discard(token))
+        return taken
+
     async def _bring(self, offer: Offer, planned: Sequence[str], *, resumed: bool) -> None:
         """Floor and candidate on the disk, every planned file in the store."""
         work = self._packages.require(offer.document.digests)
         sizes = await within(self._clock, self._deadline("verifying"), "verifying", work)
         if self._progress.state == "verifying":
-            await asyncio.to_thread(self._disk.accept, offer.verified, offer.envelope)
+            await asyncio.to_thread(self._disk.accept, offer.verified, offer.envelope, self._clock.wall())
             reach("updater.floor")
             await self._enter("listed", None, offer)
         fetching = self._fetch(planned, sizes)
@@ -420,7 +485,8 @@ class Updater:
         """The point of no return: newer offers and `close` wait until it is passed, at most for its deadline."""
         await self._enter("commit", None, offer)
         reach("updater.committing")
-        await asyncio.to_thread(self._disk.activate, offer.verified, offer.envelope)
+        now = self._clock.wall()
+        await asyncio.to_thread(self._disk.activate, offer.verified, offer.envelope, now)
         reach("updater.recorded")
         await self._in_force.put(offer, token)
         reach("updater.committed")
@@ -434,8 +500,12 @@ class Updater:
         async with self._point_of_no_return:
             return
 
+    def _was_in_force(self, offer: Offer) -> bool:
+        """In an earlier process, with these very files; only something that passes kept it from starting in this one."""
+        return offer.verified.digest == self._in_force.demoted
+
     def _obstacle(self, offer: Offer) -> Obstacle | None:
-        if self._gate is None:
+        if self._gate is None or (self._in_force.current is None and self._was_in_force(offer)):
             return None
         held = self._progress.held
         if self._held_since is not None:
@@ -450,7 +520,7 @@ class Updater:
                 self._count_hold(obstacle.event == "hold")
                 await self._enter(obstacle.event, None, offer, detail=obstacle.reason)
                 reach("updater.waiting")
-                await self._gate.changed(obstacle.seconds)
+                await self._gate.changed(obstacle)
         finally:
             self._count_hold(False)
         if event is not None and not (event == "go" and self._progress.state == "preparing"):
@@ -472,16 +542,21 @@ class Updater:
 
     async def _heard(self, event: str, error: str | None, offer: Offer, detail: str | None) -> None:
         """A step of the version in force: of the newest document, or else only the report is refreshed."""
-        if offer.verified.digest == self._progress.digest:
-            await self._enter(event, error, offer, detail=detail)
-        else:
-            # It must not hide how far the next one has got.
-            self._say()
+        async with self._entering:
+            if offer.verified.digest == self._progress.digest:
+                await self._take(event, error, offer, detail)
+            else:
+                # It must not hide how far the next one has got.
+                self._say()
 
     async def _enter(
         self, event: str, error: str | None = None, offer: Offer | None = None, *, detail: str | None = None
     ) -> None:
         """Take one step of the table: on the disk, then here, then in the report. Raises ImpossibleStep, StoreFailed."""
+        async with self._entering:  # the version in force and the next one take theirs side by side
+            await self._take(event, error, offer, detail)
+
+    async def _take(self, event: str, error: str | None, offer: Offer | None, detail: str | None) -> None:
         old = self._progress
         state = step(old.state, event)
         if (state, error, detail) == (old.state, old.error, old.detail) and event in ("hold", "window", "started"):
@@ -495,15 +570,19 @@ class Updater:
             state,
             revision,
             digest,
-            old.since if same and state == old.state else self._clock.wall(),
+            old.since if same and state == old.state and event != "hold" else self._clock.wall(),
             (old.attempts if same else 0) + (event == "failed"),
             old.held if same else 0.0,
             None if error is None else error[:MAX_ERROR_TEXT],
             None if detail is None else detail[:MAX_ERROR_TEXT],
         )
-        await self._record(new)
-        self._progress, self._aside = new, None
-        self._seen = max(self._seen, revision)
+        if new != old:  # what is sent again and again wears no disk
+            await self._record(new)
+        self._is_now(new)
+
+    def _is_now(self, progress: Progress) -> None:
+        self._progress, self._aside = progress, None
+        self._seen = max(self._seen, progress.revision)
         self._say()
 
     async def _record(self, progress: Progress) -> None:

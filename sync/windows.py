@@ -13,7 +13,8 @@ from sync.errors import Malformed
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MAX_WINDOWS = 32
-MAX_MINUTES = 7 * 24 * 60
+MINUTES_PER_DAY = 24 * 60
+MAX_MINUTES = 7 * MINUTES_PER_DAY
 
 _TIME = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
 _OFFSET = re.compile(r"([+-])(0\d|1[0-4]):([0-5]\d)")
@@ -63,24 +64,30 @@ def zone_of(name: str) -> tzinfo:
 
 def is_open(windows: Sequence[Window], now: float) -> bool:
     """Whether one is open at `now`; no windows = always."""
-    return not windows or any(start <= now < end for window in windows for start, end in _around(window, now))
+    return not windows or any(
+        start <= now < end
+        for window in windows
+        for start, end in _openings(window, now, range(-(window.minutes // MINUTES_PER_DAY) - 2, 2))
+    )
 
 
 def next_opening(windows: Sequence[Window], now: float) -> float | None:
     """Unix seconds of the next opening after `now`, None without windows."""
-    return min((start for window in windows for start, _ in _around(window, now) if start > now), default=None)
+    return min(
+        (start for window in windows for start, _ in _openings(window, now, range(-1, 9)) if start > now), default=None
+    )
 
 
-def _around(window: Window, now: float) -> Iterator[tuple[float, float]]:
-    """(opening, closing) from a week before `now` to a week after: everything that can matter.
+def _openings(window: Window, now: float, days: range) -> Iterator[tuple[float, float]]:
+    """(opening, closing) of each day among `days`, 0 = today where the window is.
 
     Local times that a clock change skips or repeats are read as PEP 495 does with fold=0; the length is real time.
     """
     zone = zone_of(window.zone)
     hour, minute = (int(part) for part in window.start.split(":"))
     today = datetime.fromtimestamp(now, zone).date()
-    for days in range(-8, 9):
-        date = today + timedelta(days=days)
+    for day in days:
+        date = today + timedelta(days=day)
         if window.days and DAYS[date.weekday()] not in window.days:
             continue
         opening = datetime(date.year, date.month, date.day, hour, minute, tzinfo=zone).timestamp()

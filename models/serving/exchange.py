@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,12 +16,19 @@ JSON = b"content-type: application/json\r\n"
 OCTETS = b"content-type: application/octet-stream\r\n"
 
 
+class Sending(Protocol):
+    """Lives as long as the answer it belongs to, and hears how many bytes of the file were read for it."""
+
+    def sent(self, size: int) -> None: ...
+
+
 class FileBody(msgspec.Struct, frozen=True):
     """`length` bytes of the file at `path`, from byte `offset` on; read while they are sent."""
 
     path: Path
     offset: int
     length: int
+    sending: Sending | None = None
 
 
 class Upgrade(msgspec.Struct, frozen=True):

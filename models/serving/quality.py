@@ -6,7 +6,7 @@ condemns nobody, and a version that fails every second time is caught within a d
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from math import log, log2, sqrt
 from typing import Any
@@ -136,16 +136,16 @@ class Record(msgspec.Struct):
         for bin_ in range(LATENCY_BINS - 1, -1, -1):
             left -= self.latency[bin_]
             if left < 0:
-                return _edge(bin_ + 1)
+                return _EDGES[bin_ + 1]
         return 0.0
 
     def slower_than(self, seconds: float) -> int:
         """Runs that surely took longer: the bin that holds `seconds` does not count."""
-        return sum(count for bin_, count in enumerate(self.latency) if _edge(bin_) >= seconds)
+        return sum(self.latency[bisect_left(_EDGES, seconds) :])
 
 
-def _edge(bin_: int) -> float:
-    return float(2.0 ** (bin_ / LATENCY_STEPS - 20))
+_EDGES = tuple(2.0 ** (bin_ / LATENCY_STEPS - 20) for bin_ in range(LATENCY_BINS + 1))
+"""Seconds where the bins of `Record.latency` begin, and where the last one ends."""
 
 
 def surely_above(hits: int, of: int, limit: float) -> bool:

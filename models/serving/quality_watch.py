@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from models.errors import InvalidRequest
-from models.serving.quality import BASELINE_ANSWERS, Record, Rules, fault, read_rules
+from models.serving.quality import BASELINE_ANSWERS, MIN_BASELINE, Record, Rules, fault, read_rules
 
 log = logging.getLogger("tierline.quality")
 
@@ -39,22 +39,26 @@ class Serving(NamedTuple):
 
 
 class QualityWatch:
-    """`path`: file in which counts outlive the process, None = they do not."""
+    """`path`: file in which counts outlive the process, None = they do not. `rules`: where settings say nothing else."""
 
     def __init__(self, path: Path | None = None, rules: Rules | None = None) -> None:
-        self.rules = rules or Rules()
+        self.rules = self._base = rules or Rules()
         self.live: dict[str, Record] = {}
         """Model -> what is counted of the version in force."""
+        self.patience: dict[str, float] = {}
+        """Model -> seconds that its runs take at most, as a rule: who waits no longer than that says nothing of a version."""
         self.newcomers: dict[str, Newcomer] = {}
         self.can_compare = False
         """Whether somebody asks the previous version at all: set by who does, when it found something to compare."""
+        self._judged: dict[str, tuple[int, int, int]] = {}
         self._path = path
         self._known = _read(path)
 
     def configure(self, given: Mapping[str, Any]) -> None:
         """Other rules from settings; those that make no sense change nothing."""
         try:
-            self.rules = read_rules(given)
+            self.rules = read_rules({**msgspec.to_builtins(self._base), **given})
+            self._judged = {}
         except InvalidRequest as error:
             log.warning("the old quality rules stay: %s", error)
 
@@ -62,7 +66,9 @@ class QualityWatch:
         """Model -> what answers from now on."""
         self.newcomers = {}
         self.live = {}
+        self.patience = {}
         self.can_compare = False
+        self._judged = {}
         for model, (package, version, is_new, latency_ms) in serving.items():
             key = f"{package}/{version}"
             records = self._known.setdefault(model, [])
@@ -75,18 +81,24 @@ class QualityWatch:
             records.append(record)
             del records[:-MAX_RECORDS]
             self.live[model] = record
+            usual = old or record
+            self.patience[model] = usual.p95() if sum(usual.latency) >= MIN_BASELINE else 0.0
             if is_new:
                 self.newcomers[model] = Newcomer(record, old, latency_ms)
         self._known = {model: records for model, records in self._known.items() if model in serving}
-        self.save()
 
     def fault(self) -> str | None:
         """What is wrong with a newcomer; from then on it is nothing to compare others with."""
         for model, newcomer in self.newcomers.items():
+            record = newcomer.record
+            counts = (record.requests, record.looked, record.compared)
+            if self._judged.get(model) == counts:
+                continue  # nothing came since
             found = fault(newcomer.record, newcomer.old, self.rules, newcomer.latency_ms)
             if found is not None:
                 newcomer.record.bad = True
                 return f"model '{model}' ({newcomer.record.key}): {found}"
+            self._judged[model] = counts
         return None
 
     def standing(self, *, shadowing: bool) -> str:
@@ -98,15 +110,18 @@ class QualityWatch:
             return f"undecided: {seen} of {rules.answers} answers"
         if shadowing and rules.shadow and compared < rules.shadow_answers and self.can_compare:
             return f"undecided: {compared} of {rules.shadow_answers} answers compared with the previous version"
-        if seen < rules.watch_answers:
+        # Each is watched for itself: one that is seldom asked must not hide behind a busy one.
+        if min((newcomer.record.answers for newcomer in self.newcomers.values()), default=0) < rules.watch_answers:
             return f"good so far: {seen} answers, {compared} compared with the previous version"
         return "good"
 
+    def age(self, record: Record) -> None:
+        """After more than `BASELINE_ANSWERS`: let the past of `record` weigh half, once nobody counts on its number."""
+        if record.answers > max(BASELINE_ANSWERS, self.rules.answers, self.rules.watch_answers):
+            record.age()
+
     def save(self) -> None:
-        """A disk that refuses costs the comparison after a restart, nothing else."""
-        for record in self.live.values():
-            if record.answers > BASELINE_ANSWERS:
-                record.age()
+        """Blocks: a disk may take its time. One that refuses costs the comparison after a restart, nothing else."""
         if self._path is None:
             return
         staged = self._path.with_suffix(f".{os.getpid()}.tmp")
@@ -123,7 +138,7 @@ def _read(path: Path | None) -> dict[str, list[Record]]:
         return {}
     try:
         known = msgspec.json.decode(path.read_bytes(), type=dict[str, list[Record]])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return {}  # absent, torn, or of another release: counting starts anew
     blank = Record("", "")
     shape = (len(blank.latency), len(blank.confidence))

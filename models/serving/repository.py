@@ -88,6 +88,7 @@ class Repository:
         )
         self._table: Mapping[str, Entry] = {}
         self._watched: list[tuple[str, Loaded]] = []
+        self._on_probation = False
         self._quality = quality
         self._replaced: dict[str, Registered] = {}
         self._settled = False
@@ -235,6 +236,9 @@ class Repository:
         self._keep_replaced(prepared.table)
         self._swap(prepared.table)
         prepared.fresh.clear()
+        self._on_probation = True
+        if self._quality is not None:
+            self._later(self._quality.save)
 
     async def discard(self, token: object) -> None:
         """Close what `prepare` loaded; nothing after a commit."""
@@ -266,7 +270,8 @@ class Repository:
         self._swap(table)
 
     def verdict(self) -> str:
-        """`good`, `undecided` or `bad: reason`, from the traffic that what the last commit changed has seen since.
+        """`good`, `undecided` or `bad: reason`, from the traffic that what the last commit changed has seen since; also what
+        an earlier one changed whose probation was not over.
 
         Bad: a model failed or answered NaN at least 5 times and in more than 20 % of its answers, or broke a rule of
         `models.serving.quality`. Good: 20 answers in all, and 20 clean ones in a row from any model that ever failed.
@@ -287,7 +292,7 @@ class Repository:
     def settled(self) -> None:
         """The probation is over: close what was kept to be compared with and to go back to."""
         served, replaced = set(_all(self._table)), self._replaced
-        self._replaced = {}
+        self._replaced, self._on_probation = {}, False
         for registered in set(replaced.values()) - served:
             self.residency.drop(registered)
 
@@ -301,7 +306,7 @@ class Repository:
         await self.residency.close()
         self.settled()
         if self._quality is not None:
-            self._quality.save()
+            self._later(self._quality.save)
         self._swap({})
         self._settled = False
         if self._draining:
@@ -322,19 +327,30 @@ class Repository:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _judge(self, table: Mapping[str, Entry]) -> None:
-        """From here on `verdict` is about what this table changes."""
+        """From here on `verdict` is about what this table changes, and about what it keeps that has not proved itself yet."""
         before = set(_all(self._table))
-        changed = ((name, entry.default) for name, entry in table.items() if entry.default not in before)
-        self._watched = [(name, each.loaded) for name, each in changed if each.loaded is not None]
+        judged = {loaded for _, loaded in self._watched} if self._on_probation else set()
+        defaults = [(name, entry.default) for name, entry in table.items()]
+        self._watched = [
+            (name, each.loaded)
+            for name, each in defaults
+            if each.loaded is not None and (each not in before or each.loaded in judged)
+        ]
 
     def _keep_replaced(self, table: Mapping[str, Entry]) -> None:
         """Before the swap: what newcomers replace stays; what was kept until now and is not served goes."""
         if self._quality is None:
             return
         before, served, kept = self._table, set(_all(table)), self._replaced
-        new = {name for name, entry in table.items() if entry.default not in set(_all(before))}
+        new = {name for name, _ in self._watched}
         keep = self._quality.rules.shadow
-        self._replaced = {name: before[name].default for name in new if keep and name in before}
+        self._replaced = {}
+        for name in new if keep else ():
+            older = before[name].default if name in before else None
+            if older is table[name].default:
+                older = kept.get(name)  # what it took the place of before this commit
+            if older is not None:
+                self._replaced[name] = older
         for registered in set(kept.values()) - served - set(self._replaced.values()):
             self.residency.drop(registered)
         self._quality.begin(

@@ -15,7 +15,7 @@ from models.contract import is_finite
 from models.errors import DeadlineExceeded, EngineFailure
 from models.serving.loaded import Loaded
 from models.serving.predictor import InferRequest, InferResponse, Predictor
-from models.serving.quality import Record
+from models.serving.quality import BASELINE_ANSWERS, Record
 from models.serving.quality_watch import QualityWatch
 from models.tensor import Array
 
@@ -47,14 +47,17 @@ class Watched:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """As the predictor inside."""
+        began = 0.0 if request.deadline is None else self._clock()
         try:
             answer = await self._here.infer(request)
         except (EngineFailure, DeadlineExceeded) as error:
-            self._failed(request, error)
+            self._failed(request, error, began)
             raise
         record = self._quality.live.get(answer.model)
         if record is not None and record.version == answer.version and record.package == answer.package:
             record.add(answer.timings["compute"], answer.confidence)
+            if record.answers > BASELINE_ANSWERS:
+                self._quality.age(record)
             if self._quality.newcomers:
                 self._look(record, request, answer)
         return answer
@@ -63,25 +66,26 @@ class Watched:
         """Begin no more comparisons; the one under way keeps its session open until it is over."""
         self._shadow.close()
 
-    def _failed(self, request: InferRequest, error: Exception) -> None:
+    def _failed(self, request: InferRequest, error: Exception, began: float) -> None:
         record = self._quality.live.get(request.model)
         if record is None or request.version not in (None, record.version):
             return
         if isinstance(error, EngineFailure):
             record.errors += 1
-        else:
+        elif request.deadline is None or request.deadline - began > self._quality.patience.get(request.model, 0.0):
+            # A caller who gives no time at all must not be able to take a version back.
             record.late += 1
 
     def _look(self, record: Record, request: InferRequest, answer: InferResponse) -> None:
         newcomer = self._quality.newcomers.get(answer.model)
         if newcomer is None or newcomer.record is not record:
             return
+        rules = self._quality.rules
         # A confidence of exactly 0 is what scores that are not finite are read as.
-        if record.answers % LOOK_EVERY == 1 or answer.confidence == 0.0:
+        if record.answers <= rules.watch_answers and (record.answers % LOOK_EVERY == 1 or answer.confidence == 0.0):
             record.looked += 1
             if not _all_finite(answer.outputs) and _all_finite(request.inputs):
                 record.not_finite += 1
-        rules = self._quality.rules
         if rules.shadow and record.compared < rules.shadow_answers:
             self._quality.can_compare |= self._shadow.offer(record, request, answer, rules.shadow_share)
 

@@ -23,6 +23,7 @@ ACCESS = (ROOT / "docs" / "access.md").read_text()
 SUBCOMMANDS = (
     r"(?:hub|edge|device|worker) (?=(?:enrol|revoke|decommission|denied|authority|join|leave)\b)"
     r"|keys (?=(?:init|status|rotate|renew-root|sign|install|revoke|reissue|export-root)\b)"
+    r"|bundle (?=(?:export|import)\b)"
 )
 
 

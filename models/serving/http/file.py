@@ -17,7 +17,10 @@ async def read_pieces(body: FileBody) -> AsyncIterator[bytes]:
     offset, left = body.offset, body.length
     while left:
         size = min(PIECE_BYTES, left)
-        yield await loop.run_in_executor(None, _read_piece, body.path, offset, size)
+        piece = await loop.run_in_executor(None, _read_piece, body.path, offset, size)
+        if body.sending is not None:
+            body.sending.sent(size)
+        yield piece
         offset += size
         left -= size
 

@@ -193,7 +193,7 @@ async def test_from_publishing_to_the_node_over_a_real_broker(
         assert "(0 files uploaded)" in capsys.readouterr().out
         assert hub.run("deploy", "edges", "--select", "tier=edge", "--model", "digits=digits-cnn/1") == 0
         assert NODE in capsys.readouterr().out
-        keyring = decode_keyring((hub.data / "keyring.json").read_bytes())
+        keyring = decode_keyring((hub.data / "keys" / "documents.json").read_bytes())
         async with node_link(broker, NODE, token) as link:
             desired = await next_on(link, f"tierline/v1/{NODE}/down/desired")
             verify(desired.payload, keyring, kind="desired", scope=f"node:{NODE}", floor=0, now=time.time())
@@ -245,7 +245,7 @@ async def test_a_node_fetches_applies_and_reports_until_the_hub_shows_it_in_sync
             tier="edge",
             broker=broker.url,
             sources=(hub.url,),
-            keyring=hub.data / "keyring.json",
+            root=hub.data / "root.json",
             credential=credential,
             data=tmp_path / "node",
         )

@@ -122,7 +122,10 @@ async def test_the_mirror_forgets_the_longest_unused_file_and_fetches_it_again(t
     others = [bytes([number]) * 600_000 for number in range(3)]
     digests = [f"sha256:{sha256(data).hexdigest()}" for data in others]
     hub.files |= dict(zip(digests, others, strict=True))
-    async with edge(tmp_path / "edge", hub, quota=Quota(max_bytes=1_300_000, cache_bytes=1 << 30, free_bytes=0)) as (url, _):
+    async with edge(tmp_path / "edge", hub, quota=Quota(max_bytes=1_300_000, cache_bytes=1 << 30, free_bytes=0)) as (
+        url,
+        _,
+    ):
         for turn, digest in enumerate([*digests, digests[0]]):
             store = BlobStore(tmp_path / f"device{turn}")
             await Fetcher([Source(url)], store).fetch(digest, 600_000)

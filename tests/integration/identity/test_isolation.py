@@ -13,7 +13,9 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from cloud_hub.authority import Authority, Certificate, PublicKey, new_key, open_authority, private_pem
+from cloud_hub.authority import Authority, Certificate, open_authority
+from cloud_hub.certificate_parts import new_key, private_pem
+from cloud_hub.certificate_requests import PublicKey, read_request
 from deploy.broker import Broker, Secure, find_mosquitto
 from deploy.processes import free_port
 from sync.credentials import trusting
@@ -39,7 +41,6 @@ class Guarded:
         self.secure = Secure(("127.0.0.1",), free_port(), "127.0.0.1")
         self.broker = Broker(folder / "broker", secure=self.secure)
         self.clients: list[Client] = []
-        from cloud_hub.authority import read_request
 
         key, _ = read_request(self.broker.request())
         issued = self.authority.issue_server(key, ("127.0.0.1",), time.time())

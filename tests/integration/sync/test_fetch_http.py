@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sync.download import Download, Limits
-from sync.errors import DigestMismatch, Malformed, StoreFailed, Unavailable
+from sync.errors import Absent, DigestMismatch, Malformed, StoreFailed, Unavailable
 from sync.fetch import Fetcher, Source
 from sync.part import taken
 from sync.store import BlobStore
@@ -148,6 +148,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def missing(self) -> None:
         self.head(404, Content_Length=0)
+
+    def busy(self) -> None:
+        """Asks to come back; honest from the third request on."""
+        if len(self.server_state.requests) >= 3:
+            self.server_state.behaviour = "honest"
+        self.head(429 if len(self.server_state.requests) == 1 else 503, Retry_After=2, Content_Length=0)
+
+    def always_busy(self) -> None:
+        self.head(429, Retry_After=10**8, Content_Length=0)
 
     def garbage(self) -> None:
         self.wfile.write(b"\0\1\2 this is not HTTP\r\n\r\n")
@@ -285,34 +294,28 @@ async def test_a_disk_that_refuses_is_not_blamed_on_the_source(store: BlobStore,
         await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
 
 
-async def test_documents_come_from_the_first_source_that_is_enough(store: BlobStore, servers: list[Server]) -> None:
+async def test_a_small_file_comes_from_the_source_asked_and_what_it_lacks_is_told(
+    store: BlobStore, servers: list[Server]
+) -> None:
     servers[0].data, servers[1].data = b"old", b"new"
     both = fetcher(store, *servers)
-    assert await both.document("/catalog") == b"old"
-    assert await both.document("/catalog", enough=lambda data: data == b"new") == b"new"
-    assert await both.document("/catalog", enough=lambda data: False) == b"new"
+    first, second = both.sources
+    assert await both.get(first, "/tuf/timestamp.json", 100) == b"old"
+    assert await both.get(second, "/tuf/timestamp.json", 100) == b"new"
+    with pytest.raises(Malformed):
+        await both.get(first, "/tuf/timestamp.json", 2)
     servers[0].behaviour = "missing"
-    assert await both.document("/catalog") == b"new"
+    with pytest.raises(Absent):
+        await both.get(first, "/tuf/timestamp.json", 100)
     servers[1].behaviour = "silent"
     with pytest.raises(Unavailable):
-        await both.document("/catalog")
+        await both.get(second, "/tuf/timestamp.json", 100)
 
 
 async def test_a_document_without_end_is_cut_off(store: BlobStore, servers: list[Server]) -> None:
     servers[0].behaviour = "endless"
     with pytest.raises(Malformed):
         await asyncio.to_thread(Download(servers[0].url, None, LIMITS).read, 100_000)
-
-
-async def test_what_is_enough_is_decided_outside_the_event_loop(store: BlobStore, servers: list[Server]) -> None:
-    threads: list[threading.Thread] = []
-
-    def enough(data: bytes) -> bool:
-        threads.append(threading.current_thread())
-        return True
-
-    await fetcher(store, servers[0]).document("/catalog", enough=enough)
-    assert threads and threads[0] is not threading.current_thread()
 
 
 async def test_a_call_that_comes_while_others_wait_waits_too(store: BlobStore, servers: list[Server]) -> None:
@@ -390,3 +393,71 @@ async def until(ready: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not ready():
             await asyncio.sleep(0.01)
+
+
+class Counting(Quick):
+    """Remembers every pause."""
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
+async def test_a_near_source_that_is_busy_is_waited_for_as_long_as_it_says(
+    store: BlobStore, servers: list[Server]
+) -> None:
+    servers[0].behaviour, clock = "busy", Counting()
+    sources = [Source(server.url) for server in servers]
+    await Fetcher(sources, store, clock=clock, limits=LIMITS).fetch(DIGEST, len(DATA))
+    assert (len(servers[0].requests), servers[1].requests) == (4, [])
+    assert len(clock.pauses) == 3
+    assert all(2.0 <= pause <= 3.0 for pause in clock.pauses)
+    assert len(set(clock.pauses)) == 3  # jittered
+
+
+async def test_a_source_that_is_busy_for_ever_is_passed_over(store: BlobStore, servers: list[Server]) -> None:
+    servers[0].behaviour, clock = "always_busy", Counting()
+    sources = [Source(server.url) for server in servers]
+    await Fetcher(sources, store, clock=clock, limits=LIMITS).fetch(DIGEST, len(DATA))
+    assert len(servers[1].requests) == 1
+    assert sum(clock.pauses) < 300
+
+
+async def test_a_store_without_room_starts_no_transfer(store: BlobStore, servers: list[Server]) -> None:
+    at_all = fetcher(store, servers[0])
+
+    def full(digest: str, size: int) -> Any:
+        raise StoreFailed("no room")
+
+    at_all.room_for = full
+    with pytest.raises(StoreFailed, match="no room"):
+        await at_all.fetch(DIGEST, len(DATA))
+    assert servers[0].requests == []
+
+
+async def test_a_folder_is_a_source_like_any_other_and_trusted_no_more(
+    store: BlobStore, servers: list[Server], tmp_path: Path
+) -> None:
+    folder = tmp_path / "medium"
+    (folder / "blobs").mkdir(parents=True)
+    blob = folder / "blobs" / DIGEST.removeprefix("sha256:")
+    both = fetcher(store, servers[0])
+    both.add(Source(f"file://{folder}"))
+    blob.write_bytes(b"\0" * len(DATA))
+    await both.fetch(DIGEST, len(DATA))
+    assert len(servers[0].requests) == 1  # the folder lied
+    store.path(DIGEST).unlink()
+    blob.write_bytes(DATA)
+    await both.fetch(DIGEST, len(DATA))
+    assert len(servers[0].requests) == 1
+    blob.unlink()
+    blob.symlink_to("/etc/hostname")
+    alone = Fetcher([Source(f"file://{folder}")], store, clock=Quick())
+    store.path(DIGEST).unlink()
+    with pytest.raises(Unavailable):
+        await alone.fetch(DIGEST, len(DATA))
+    for path in ("/blobs/../x", "/tuf/../../etc/passwd", "/etc/passwd"):
+        with pytest.raises(Absent):
+            await alone.get(Source(f"file://{folder}"), path, 100)

@@ -15,8 +15,8 @@ from sync.identity import Membership
 from sync.link import Link
 from sync.member import join
 from sync.messages import Capabilities, Document, Reported, State, decode
-from sync.testing import FakeActivator
-from sync.trust import Keyring, SigningKey, encode_keyring, sign
+from sync.testing import ROOT, FakeActivator, know
+from sync.trust import Keyring, SigningKey, sign
 from tests.integration.sync.conftest import Mosquitto
 
 pytestmark = pytest.mark.broker
@@ -25,14 +25,15 @@ NODE = "acme.edge-1"
 
 async def test_a_node_follows_the_hub_through_a_real_broker(broker: Mosquitto, tmp_path: Path) -> None:
     key = SigningKey.generate()
-    (tmp_path / "keyring.json").write_bytes(encode_keyring(Keyring((key.key("policy"),))))
+    (tmp_path / "root.json").write_bytes(ROOT)
+    know(tmp_path / "data", Keyring((key.key("policy"),)), time.time() + 1_000)
     (tmp_path / "token").write_text("secret")
     (tmp_path / "token").chmod(0o600)
     membership = Membership(
         id=NODE,
         tier="edge",
         broker=broker.url,
-        keyring=tmp_path / "keyring.json",
+        root=tmp_path / "root.json",
         credential=tmp_path / "token",
         data=tmp_path / "data",
     )

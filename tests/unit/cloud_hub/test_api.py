@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,66 @@ from cloud_hub.gate import MAX_BODY_BYTES
 from cloud_hub.hub import open_hub
 from models.desired import decode_desired
 from models.manifest import encode_manifest
-from sync.messages import MAX_DOCUMENT_BYTES, MAX_MESSAGE_BYTES
+from sync.messages import MAX_MESSAGE_BYTES
 from sync.testing import MemoryBroker, MemoryLink
 from sync.trust import decode_keyring, verify
+
+METADATA = re.compile(r"sha256/([0-9a-f]{64})")
+
+
+async def approved(bench: Bench) -> dict[str, int]:
+    """Digest -> size of every file that the update repository lists, read as a client would follow it."""
+    timestamp = (await bench.client.get("/tuf/timestamp.json")).json()["signed"]
+    version = timestamp["meta"]["snapshot.json"]["version"]
+    snapshot = (await bench.client.get(f"/tuf/{version}.snapshot.json")).json()["signed"]
+    found = {}
+    for name, meta in snapshot["meta"].items():
+        targets = (await bench.client.get(f"/tuf/{meta['version']}.{name}")).json()["signed"]["targets"]
+        for target, file in targets.items():
+            if (match := METADATA.fullmatch(target)) is not None:
+                found[f"sha256:{match[1]}"] = file["length"]
+    return found
+
 
 POLICY = {"rules": [{"model": "digits", "min_confidence": 0.9}]}
 
 
-async def test_a_published_package_is_listed_with_every_file_in_the_signed_catalogue(bench: Bench) -> None:
+async def test_a_published_package_is_listed_and_every_file_of_it_is_approved(bench: Bench) -> None:
     manifest = await bench.publish()
     (entry,) = (await bench.call("GET", "/api/v1/packages", 200))["items"]
     assert (entry["package"], entry["version"], entry["manifest"]) == ("digits-cnn", "1", manifest)
     detail = await bench.call("GET", "/api/v1/packages/digits-cnn/1", 200)
-    envelope = (await bench.client.get("/catalog")).content
-    verified = verify(
-        envelope,
-        decode_keyring((bench.hub.data / "keyring.json").read_bytes()),
-        kind="catalog",
-        scope="hub",
-        floor=0,
-        now=bench.clock.wall(),
-        limit=MAX_DOCUMENT_BYTES,
-    )
-    assert msgspec.json.decode(verified.document.body) == {"files": detail["files"]}
     assert set(detail["files"]) == {manifest, digest(b"golden"), digest(b"model 1")}
-    assert verified.document.revision == 2  # 1 is the empty catalogue of the first start
+    assert await approved(bench) == detail["files"]
 
 
 async def test_a_version_is_immutable_and_publishing_it_again_changes_nothing(bench: Bench) -> None:
     await bench.publish()
-    before = (await bench.client.get("/catalog")).content
+    before = (await bench.client.get("/tuf/timestamp.json")).content
     same = make_manifest("digits-cnn", "1", b"golden", b"model 1")
     await bench.call("POST", "/api/v1/packages", 200, content=encode_manifest(same))
     # The very same meaning in other bytes is another manifest: the bytes are what is signed.
     answer = await bench.call("POST", "/api/v1/packages", 409, content=msgspec.json.encode(same))
     assert "publish a new version" in answer["error"]
-    assert (await bench.client.get("/catalog")).content == before
+    assert (await bench.client.get("/tuf/timestamp.json")).content == before
+
+
+async def test_a_version_found_bad_is_withdrawn_for_good_once_nothing_uses_it(bench: Bench) -> None:
+    await bench.publish()
+    await bench.publish(version="2")
+    await bench.deploy("edges", {"digits": "digits-cnn/1"})
+    path = "/api/v1/packages/digits-cnn/1/unapprove"
+    answer = await bench.call("POST", path, 409)
+    assert "edges" in answer["error"]
+    await bench.deploy("edges", {"digits": "digits-cnn/2"}, expect=200)
+    await bench.call("POST", path, 204)
+    files = await approved(bench)
+    assert digest(b"model 1") not in files
+    assert {digest(b"golden"), digest(b"model 2")} <= set(files)  # what version 2 needs too stays
+    await bench.deploy("edges", {"digits": "digits-cnn/1"}, expect=400)
+    same = make_manifest("digits-cnn", "1", b"golden", b"model 1")
+    await bench.call("POST", "/api/v1/packages", 409, content=encode_manifest(same))
+    await bench.call("POST", "/api/v1/packages/digits-cnn/9/unapprove", 404)
 
 
 async def test_a_package_whose_files_are_missing_or_of_another_size_is_refused(bench: Bench) -> None:
@@ -83,7 +108,7 @@ async def test_a_deployment_reaches_the_nodes_it_selects_and_no_other(bench: Ben
     assert answer["progress"] == {"total": 1, "in_sync": 0, "pending": 1, "applying": 0, "refused": 0, "stale": 0}
     (envelope,) = bench.broker.payloads("tierline/v1/acme.edge-1/down/desired")
     assert bench.broker.payloads("tierline/v1/acme.cloud-1/down/desired") == []
-    keyring = decode_keyring((bench.hub.data / "keyring.json").read_bytes())
+    keyring = decode_keyring((bench.hub.data / "keys" / "documents.json").read_bytes())
     now = bench.clock.wall()
     document = verify(envelope, keyring, kind="desired", scope="node:acme.edge-1", floor=0, now=now).document
     assigned = decode_desired(bytes(document.body)).models["digits"]
@@ -159,7 +184,7 @@ async def test_a_policy_is_signed_for_its_tenant_and_published_by_the_time_of_th
     answer = await bench.call("PUT", "/api/v1/policies/acme", 200, json=POLICY)
     assert answer == {"tenant": "acme", "revision": 1}
     (envelope,) = bench.broker.payloads("tierline/v1/_t/acme/policy")
-    keyring = decode_keyring((bench.hub.data / "keyring.json").read_bytes())
+    keyring = decode_keyring((bench.hub.data / "keys" / "documents.json").read_bytes())
     now = bench.clock.wall()
     body = verify(envelope, keyring, kind="policy", scope="tenant:acme", floor=0, now=now).document.body
     assert msgspec.json.decode(body)["rules"][0]["min_confidence"] == 0.9
@@ -180,10 +205,10 @@ async def test_the_hub_keeps_everything_across_a_restart(bench: Bench, tmp_path:
         "/api/v1/deployments",
         "/api/v1/nodes/acme.edge-1",
         "/api/v1/policies/acme",
-        "/catalog",
+        "/tuf/timestamp.json",
     ]
     before = [(await bench.client.get(path)).content for path in paths]
-    keyring = (bench.hub.data / "keyring.json").read_bytes()
+    root = (bench.hub.data / "root.json").read_bytes()
     token = (bench.hub.data / "admin.token").read_text()
     bench.hub.storage.close()
     async with (
@@ -193,7 +218,7 @@ async def test_the_hub_keeps_everything_across_a_restart(bench: Bench, tmp_path:
     ):
         headers = {"authorization": f"Bearer {token.strip()}"}
         assert [(await client.get(path, headers=headers)).content for path in paths] == before
-        assert (hub.data / "keyring.json").read_bytes() == keyring
+        assert (hub.data / "root.json").read_bytes() == hub.root == root
         assert hub.first_run is False
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from cloud_hub.authority import LEAD_SECONDS, Authority, fingerprint, new_key, open_authority, private_pem
+from cloud_hub.authority import LEAD_SECONDS, Authority, open_authority
+from cloud_hub.certificate_parts import fingerprint, new_key, private_pem
 from cloud_hub.certificates import HubCertificates
 from cloud_hub.errors import Conflict
 from models.errors import NotFound

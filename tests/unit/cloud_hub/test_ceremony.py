@@ -171,3 +171,15 @@ def test_a_role_key_that_was_lost_is_not_made_anew_in_silence(ceremony: Ceremony
     (ceremony.data / "keys" / "documents.key").unlink()
     with pytest.raises(Malformed, match=r"documents\.key is missing"):
         open_keys(ceremony.data)
+
+
+def test_a_repository_that_was_lost_is_not_replaced_by_another_that_no_node_believes(ceremony: Ceremony) -> None:
+    ceremony.start()
+    root = (ceremony.data / "root.json").read_bytes()
+    shutil.rmtree(ceremony.data / "tuf")
+    with pytest.raises(Malformed, match="restore it from a backup"):
+        ceremony.start()
+    for command in ("init", "status", "renew-root", "reissue"):
+        ceremony.run(command, expect=1)
+    assert (ceremony.data / "root.json").read_bytes() == root
+    assert not list((ceremony.data / "keys").glob("root-*.key"))

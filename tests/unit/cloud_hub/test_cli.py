@@ -131,7 +131,8 @@ def test_loopback_is_accepted(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--host", "0.0.0.0"], ["--broker", "mqtt://broker.example.org"], ["--broker", "http://127.0.0.1"]]
+    "options",
+    [["--broker", "mqtt://broker.example.org"], ["--broker", "ws://10.0.0.1"], ["--broker", "http://127.0.0.1"]],
 )
 def test_a_hub_that_would_reach_beyond_loopback_does_not_start(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

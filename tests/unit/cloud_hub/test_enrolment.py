@@ -317,7 +317,7 @@ async def test_a_connection_is_taken_when_the_broker_knows_and_else_at_fixed_tim
             await asyncio.sleep(0)
         assert taken == ["a.b"] * count
     kicker.add("c.d")
-    kicker.broker_knows()
+    kicker.broker_knows({"c.d"})
     for _ in range(20):
         await asyncio.sleep(0)
     assert taken[-1] == "c.d"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -16,7 +18,8 @@ from cloud_hub import inbox as inbox_module
 from cloud_hub.event_records import EventRecords
 from cloud_hub.inbox import PACKET_BURST, RETENTION_SECONDS, Inbox
 from models.errors import TryAgain
-from sync.events import Ack, Event, EventPacket, decode_ack, new_id, pack, pack_event
+from sync import outbox_policy
+from sync.events import MAX_BODY_BYTES, Ack, Event, EventPacket, decode_ack, new_id, pack, pack_event
 from sync.topics import down, up
 
 NODE = "acme.edge-1"
@@ -234,6 +237,75 @@ async def test_ids_outlive_any_age_until_the_node_says_that_they_are_settled(nod
     assert (await node.ledger())["streams"]["app.x"]["received"] == 4  # type: ignore[index]
 
 
+def lives(bench: Bench) -> dict[str, tuple[int, int]]:
+    """Node -> its rows, and how many of them have a body."""
+    with bench.hub.storage.read() as records:
+        found = records.events.page(1_000)
+    rows = Counter(entry.node for entry in found)
+    return {name: (rows[name], sum(bool(entry.body) for entry in found if entry.node == name)) for name in rows}
+
+
+async def test_a_node_that_floods_pushes_out_its_own_events_and_nobody_else_s(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "MAX_EVENTS", 30)
+    await node.bench.add_node("acme.edge-2")
+    await node.settled(packet(*(event(seq) for seq in range(1, 11)), low=1))
+    flood = Node(node.bench, "acme.edge-2")
+    for start in (1, 51):
+        await flood.settled(packet(*(event(seq) for seq in range(start, start + 50)), low=start))
+    await flood.settled(packet(event(101), low=101))
+    await asyncio.to_thread(node.bench.hub.inbox._prune)
+    assert lives(node.bench) == {NODE: (10, 10), "acme.edge-2": (20, 20)}
+    newest = [entry["id"] for entry in await stored(node.bench, node="acme.edge-2")]
+    assert newest == [event(seq).id for seq in range(82, 102)]
+
+
+async def test_large_bodies_count_for_more(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "MAX_EVENTS", 10)
+    await node.settled(packet(*(event(seq, body=bytes(9_000)) for seq in range(1, 6))))
+    await node.settled(packet(event(6, body=bytes(9_000)), low=6))
+    await asyncio.to_thread(node.bench.hub.inbox._prune)
+    assert lives(node.bench) == {NODE: (3, 3)}
+
+
+async def test_bodies_past_their_time_all_go_and_ids_are_bounded_even_for_a_node_that_never_settles(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "PRUNE_BATCH", 2)
+    await node.settled(packet(*(event(seq) for seq in range(1, 12)), low=1))
+    node.bench.clock.advance(RETENTION_SECONDS + 1)
+    while await asyncio.to_thread(node.bench.hub.inbox._prune):
+        pass
+    assert lives(node.bench) == {NODE: (11, 0)}
+    monkeypatch.setattr("cloud_hub.event_records.MAX_IDS", 4)
+    while await asyncio.to_thread(node.bench.hub.inbox._prune):
+        pass
+    assert lives(node.bench) == {NODE: (4, 0)}
+
+
+async def test_a_hub_with_much_to_forget_takes_events_in_between(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "PRUNE_BATCH", 2)
+    monkeypatch.setattr(inbox_module, "PRUNE_BATCHES", 2)
+    await node.settled(packet(*(event(seq) for seq in range(1, 12))))
+    node.bench.clock.advance(RETENTION_SECONDS + 1)
+    await node.settled(packet(event(12), low=12))
+    again = node.bench.clock.monotonic() + inbox_module.PRUNE_AGAIN_SECONDS
+    await eventually(lambda: node.bench.hub.inbox._prune_at == again)
+    assert lives(node.bench)[NODE][0] == 8
+    node.bench.clock.advance(inbox_module.PRUNE_AGAIN_SECONDS)
+    await node.settled(packet(event(13), low=13))
+    await eventually(lambda: lives(node.bench)[NODE][0] < 9)
+
+
+async def test_a_clock_that_jumps_ahead_makes_no_event_old(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    await node.settled(packet(event(1)))
+    await node.settled(packet(event(2), low=2))
+    monkeypatch.setattr(node.bench.clock, "_wall", node.bench.clock.wall() + 400 * 86_400)
+    await asyncio.to_thread(node.bench.hub.inbox._prune)
+    assert lives(node.bench) == {NODE: (2, 2)}
+
+
 async def test_a_replaced_outbox_begins_a_new_numbering_without_losing_an_event(node: Node) -> None:
     await node.settled(packet(event(500), low=400))
     fresh = event(1, id=new_id(1.0, b"\xff" * 10))
@@ -257,6 +329,22 @@ async def test_pages_of_events_follow_each_other_and_filter(node: Node) -> None:
     assert await node.bench.call("GET", "/api/v1/nodes/acme.nobody/ledger", 404)
 
 
+@pytest.mark.parametrize("body", [b"[" * 300 + b"]" * 300, b'{"a":' * 900 + b"1" + b"}" * 900, b"[" * 20_000])
+async def test_a_body_that_no_reader_could_nest_is_shown_as_bytes_and_hides_no_other_event(
+    node: Node, body: bytes
+) -> None:
+    await node.settled(packet(event(1, body=body), event(2)))
+    first, second = await stored(node.bench)
+    assert (first["json"], base64.b64decode(str(first["base64"]))) == (None, body)
+    assert second["json"] == {"n": 1}
+
+
+async def test_bodies_are_shown_as_they_were_written(node: Node) -> None:
+    bodies = [b"1" + b"0" * 400, b'"\\u0000"', b"null", b'{"a": [1, 2.50]}', b'{"a":1,"a":2}', b"[[[]]]"]
+    await node.settled(packet(*(event(seq, body=body) for seq, body in enumerate(bodies, 1))))
+    assert [entry["json"] for entry in await stored(node.bench)] == [json.loads(body) for body in bodies]
+
+
 async def test_dead_letters_are_bounded(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cloud_hub.event_records.MAX_DEAD_LETTERS", 5)
     for _ in range(9):
@@ -268,6 +356,40 @@ async def test_dead_letters_are_bounded(node: Node, monkeypatch: pytest.MonkeyPa
 def test_the_named_limits_leave_room_for_a_whole_window() -> None:
     assert inbox_module.PACKET_BURST > 64
     assert inbox_module.BYTE_BURST > 64 * 60 * 1024
+
+
+def test_a_node_keeps_below_what_the_hub_takes_of_it() -> None:
+    assert outbox_policy.PACKETS_PER_SECOND < inbox_module.PACKETS_PER_SECOND
+    assert outbox_policy.BYTES_PER_SECOND < inbox_module.BYTES_PER_SECOND
+    assert outbox_policy.PACKET_BURST + outbox_policy.WINDOW < inbox_module.PACKET_BURST
+    assert outbox_policy.BYTE_BURST + outbox_policy.WINDOW * MAX_BODY_BYTES < inbox_module.BYTE_BURST
+
+
+@pytest.mark.parametrize(("count", "size"), [(10_000, 600), (400, 40_000)])
+def test_a_backlog_drains_as_fast_as_the_hub_takes_it(count: int, size: int) -> None:
+    """In virtual time, 20 ms to the hub and back: what it does not take would be backed off, up to minutes."""
+    events = {seq: event(seq, body=bytes(size)) for seq in range(1, count + 1)}
+    flight = outbox_policy.Flight(outbox_policy.WINDOW, lambda low, high: (low + high) / 2)
+    ours, theirs, now, limited = outbox_policy.Allowance(0.0), inbox_module._Allowance(0.0), 0.0, 0
+    fresh, answers = iter(events.values()), deque[tuple[float, Sequence[Event]]]()
+    while True:
+        while answers and answers[0][0] <= now:
+            flight.settled(done.id for done in answers.popleft()[1])
+        if ours.wait(now) == 0:
+            for some in ([events[seq] for seq in flight.due(now)], list(islice(fresh, flight.free))):
+                for payload, group in outbox_policy.packets(some, flight.lonely, boot=BOOT, starts=1, low=1):
+                    ours.spend(len(payload))
+                    flight.sent(group, now)
+                    if theirs.take(now, len(payload)):
+                        answers.append((now + 0.02, group))
+                    else:
+                        limited += 1
+        if not len(flight):
+            break
+        soon = [at for at in (answers[0][0] if answers else None, flight.next_due()) if at is not None]
+        now = max(now, min(soon), now + ours.wait(now)) if flight.free else max(now, min(soon))
+    assert limited == 0
+    assert now < 1.5 * count * (size + 150) / outbox_policy.BYTES_PER_SECOND
 
 
 def test_the_node_s_token_does_not_reach_events(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def test_a_new_or_restored_file_is_believed_because_its_name_is_new() -> None:
     assert heard(heard(None, A, 7, 900), C, 4, 300).low == 300
 
 
+def test_a_late_packet_from_before_a_machine_was_restored_takes_no_event_of_the_restored_one_for_a_repetition() -> None:
+    before, restored = (A, 20, 5_000), (B, 11, 100)
+    stream = heard(heard(None, *before), *restored)
+    for _ in range(2):
+        stream = heard(stream, *before)
+        assert not stream.is_late(101)
+    assert heard(stream, *restored).low == 100
+
+
 def test_names_are_bounded() -> None:
     stream = None
     for number in range(3 * MAX_PAST):

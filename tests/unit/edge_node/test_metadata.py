@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from edge_node import metadata
 from edge_node.metadata import FRESH_SECONDS, SHARED_SECONDS, MetadataMirror
-from models.errors import NotFound, Unreachable
+from models.errors import NotFound, Overloaded, Unreachable
 from models.serving.exchange import HttpHead, HttpRequest
 from sync.errors import Absent, Unavailable
 from sync.fetch import Source
@@ -101,3 +102,61 @@ async def test_the_longest_unused_files_go_first(hub: Hub, tmp_path: Path, monke
         hub.files[f"{number}.snapshot.json"] = b"x" * 8
         await ask(mirror, f"{number}.snapshot.json")
     assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["4.snapshot.json", "5.snapshot.json"]
+
+
+class Hole(Hub):
+    """A hub that swallows what is sent to it, until `opened`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = asyncio.Event()
+        self.asking = self.most = 0
+
+    async def get(self, source: Source, path: str, limit: int) -> bytes:
+        self.asking += 1
+        self.most = max(self.most, self.asking)
+        try:
+            await self.opened.wait()
+            return await super().get(source, path, limit)
+        finally:
+            self.asking -= 1
+
+
+async def test_devices_wait_together_for_a_hub_that_swallows_questions_and_get_what_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "ANSWER_SECONDS", 0.05, raising=False)
+    hole = Hole()
+    hole.files["timestamp.json"] = b"t1"
+    hole.opened.set()
+    mirror = hole.mirror(tmp_path)
+    await ask(mirror, "timestamp.json")
+    hole.opened.clear()
+    hole.now += SHARED_SECONDS
+    async with asyncio.timeout(1):
+        assert await asyncio.gather(*(ask(mirror, "timestamp.json") for _ in range(50))) == [b"t1"] * 50
+        with pytest.raises(Overloaded):
+            await ask(mirror, "7.snapshot.json")
+    hole.opened.set()
+
+
+async def test_one_answer_of_a_hub_that_is_away_is_for_all_who_wait(hub: Hub, tmp_path: Path) -> None:
+    hub.down = True
+    mirror = hub.mirror(tmp_path)
+    found = await asyncio.gather(*(ask(mirror, "7.snapshot.json") for _ in range(50)), return_exceptions=True)
+    assert {type(error) for error in found} == {Unreachable}
+    assert len(hub.asked) == 1
+
+
+async def test_however_many_names_devices_make_up_few_questions_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "ANSWER_SECONDS", 0.05, raising=False)
+    hole = Hole()
+    mirror = hole.mirror(tmp_path)
+    tasks = [asyncio.create_task(ask(mirror, f"{number}.root.json")) for number in range(1, 201)]
+    await asyncio.wait(tasks, timeout=0.5)
+    assert hole.most <= 16
+    assert {type(task.exception()) for task in tasks if task.done()} == {Overloaded}
+    hole.opened.set()
+    await asyncio.wait(tasks)

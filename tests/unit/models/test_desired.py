@@ -44,7 +44,7 @@ def test_a_node_without_the_engine_refuses_naming_what_is_offered() -> None:
     [
         (b"null", "desired"),
         (b'{"models": {"digits": {}}}', "models"),
-        (b'{"modelz": {}}', "modelz"),
+        (b'{"modelz": {}}', "models"),
         (
             json.dumps(
                 {"models": {str(n): json.loads(encode_desired(DESIRED))["models"]["digits"] for n in range(129)}}

@@ -9,7 +9,7 @@ import pytest
 
 from sync.errors import InvalidConfig
 from sync.identity import Membership, load_config
-from sync.trust import Keyring, SigningKey, encode_keyring
+from sync.testing import ROOT
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True):
@@ -22,7 +22,7 @@ GOOD = {
     "tier": '"edge"',
     "broker": '"mqtt://127.0.0.1:1883"',
     "sources": '["http://127.0.0.1:8080"]',
-    "keyring": '"keyring.json"',
+    "root": '"root.json"',
     "credential": '"node.token"',
     "data": '"data"',
 }
@@ -37,7 +37,7 @@ def write(folder: Path, **changes: str | None) -> Path:
 
 def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, data='"/var/lib/x"'), Config)
-    assert config.node.keyring == tmp_path / "keyring.json"
+    assert config.node.root == tmp_path / "root.json"
     assert config.node.data == Path("/var/lib/x")
     assert (config.node.tenant, config.threads) == ("acme", 1)
 
@@ -55,7 +55,7 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ({"sources": '["http://127.0.0.1", "http://example.com"]'}, r"node.sources\[1\]"),
         ({"sources": '["http://127.0.0.1:x"]'}, r"node.sources\[0\]"),
         ({"groups": '["A B"]'}, "group"),
-        ({"keyring": "3"}, "keyring"),
+        ({"root": "3"}, "root"),
         ({"colour": '"red"'}, "colour"),
         ({"data": '"'}, "edge.toml"),
     ],
@@ -92,16 +92,18 @@ def test_a_credential_that_is_empty_unreadable_or_open_to_others_is_refused(
         node.token()
 
 
-def test_credential_and_keyring_are_read(tmp_path: Path) -> None:
+def test_credential_and_root_are_read(tmp_path: Path) -> None:
     node = load_config(write(tmp_path), Config).node
-    with pytest.raises(InvalidConfig, match=r"node\.keyring"):
+    with pytest.raises(InvalidConfig, match=r"node\.root"):
         node.pinned()
-    node.keyring.write_bytes(b"{")
-    with pytest.raises(InvalidConfig, match=r"node\.keyring"):
+    node.root.write_bytes(b"{")
+    with pytest.raises(InvalidConfig, match=r"node\.root"):
         node.pinned()
-    ring = Keyring((SigningKey.generate().key("desired"),))
-    node.keyring.write_bytes(encode_keyring(ring))
+    node.root.write_bytes(b'{"signed":{"_type":"targets"}}')
+    with pytest.raises(InvalidConfig, match="'root' is expected"):
+        node.pinned()
+    node.root.write_bytes(ROOT)
     node.credential.write_bytes(b"secret\n")
     node.credential.chmod(0o600)
-    assert node.pinned() == ring
+    assert node.pinned() == ROOT
     assert node.token() == "secret"

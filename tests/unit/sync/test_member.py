@@ -16,8 +16,8 @@ from sync.errors import InvalidConfig
 from sync.identity import Membership
 from sync.member import Member, join
 from sync.messages import Capabilities, Document, HubState, Reported, State, decode, encode
-from sync.testing import FakeActivator, FakeClock, MemoryBroker, MemoryLink
-from sync.trust import encode_keyring, sign
+from sync.testing import ROOT, FakeActivator, FakeClock, MemoryBroker, MemoryLink, know
+from sync.trust import sign
 from tests.unit.sync.conftest import RING, SIGNER
 
 NODE = "acme.edge-1"
@@ -30,14 +30,15 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.clock, self.broker = FakeClock(), MemoryBroker()
         self.activators = {"desired": FakeActivator(), "policy": FakeActivator()}
-        (folder / "keyring.json").write_bytes(encode_keyring(RING))
+        (folder / "root.json").write_bytes(ROOT)
+        know(folder / "data", RING, self.clock.wall() + 1e6)
         (folder / "token").write_bytes(b"secret")
         (folder / "token").chmod(0o600)
         self.membership = Membership(
             id=NODE,
             tier="edge",
             broker="mqtt://127.0.0.1:1",
-            keyring=folder / "keyring.json",
+            root=folder / "root.json",
             credential=folder / "token",
             data=folder / "data",
         )
@@ -132,7 +133,9 @@ async def test_a_hub_that_started_again_is_told_everything_again_but_not_twice(s
         for _ in range(2):
             site.broker.publish(topics.HUB_STATE, encode(HubState(state="ready", epoch="2")), retain=True)
         await site.when(lambda: len(site.broker.payloads(topics.up(NODE, "caps"))) == 2)
-        await site.when(lambda: site.clock.sleepers == 0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+            site.clock.advance(0.05)
         assert len(site.broker.payloads(topics.up(NODE, "caps"))) == 2
 
 

@@ -8,6 +8,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sync.messages import encode
 from sync.outbox import Outbox
 from sync.outbox_policy import MAX_KINDS, KindPolicy, OutboxPolicy, Quota
 from sync.outbox_sender import Sender
-from sync.outbox_store import OutboxStore, read_ledger
+from sync.outbox_store import Change, Damaged, Entry, OutboxStore, read_ledger
 from sync.testing import FakeClock, MemoryBroker, MemoryLink
 from sync.topics import up
 
@@ -189,6 +190,54 @@ async def test_an_event_past_its_time_is_expired_not_sent(site: Site) -> None:
         assert not outbox.ledger().imbalance
 
 
+async def test_an_event_past_its_time_is_not_repeated_and_makes_room_for_others(site: Site) -> None:
+    site.policy = OutboxPolicy(window=1)
+    async with site.sending() as (outbox, _, _):
+        await outbox.put("app.x", b"stale", ttl=10)
+        await site.when(lambda: site.bodies() == [b"stale"])
+        await outbox.put("app.x", b"fresh")
+        await site.when(lambda: site.clock.sleepers > 0)
+        for _ in range(3):
+            site.clock.advance(11)
+            await asyncio.sleep(0.01)
+        await site.when(lambda: b"fresh" in site.bodies())
+        assert site.bodies().count(b"stale") == 1
+        outbox.sweep()
+        await site.when(lambda: outbox.totals()["expired"] == 1)
+        assert not outbox.ledger().imbalance
+
+
+async def test_a_backlog_goes_out_no_faster_than_a_hub_takes_it(site: Site) -> None:
+    async with site.sending() as (outbox, _, _):
+        await asyncio.gather(*(outbox.put("app.x", bytes(40_000)) for _ in range(40)))
+        await site.when(lambda: len(site.sent()) == 40)
+        outbox.acknowledge(acked(*site.sent()))
+        await site.when(lambda: outbox.pending == 0)
+        await outbox.put("app.x", b"later")
+        await site.when(lambda: outbox.pending == 1 and site.clock.sleepers > 0)
+        assert len(site.sent()) == 40
+        site.clock.advance(3)
+        await site.when(lambda: len(site.sent()) == 41)
+
+
+@pytest.mark.parametrize("unset", [10.0, 1_400_000_000.0])
+async def test_a_machine_without_a_battery_for_its_clock_expires_nothing_when_the_clock_is_set(
+    tmp_path: Path, unset: float
+) -> None:
+    def opened(wall: float) -> OutboxStore:
+        return OutboxStore(tmp_path / "outbox.db", Quota(), wall=wall, monotonic=0.0)
+
+    event = Entry("A" * 26, "app.x", b"1", 5, False, unset, 3600.0)
+    for before in ([], [1_800_000_000.0]):
+        for wall in (*before, unset, 1_800_000_060.0):
+            store = opened(wall)
+            if wall == unset:
+                store.apply(Change([replace(event, id=f"{len(before)}" * 26)]), wall=wall + 1, monotonic=1.0)
+            store.apply(Change(), wall=wall + 2, monotonic=2.0)
+            assert not any(what == "expired" for _, what, _ in store.snapshot()[0])
+            store.close()
+
+
 async def test_a_clock_that_is_set_expires_nothing(site: Site) -> None:
     async with site.outbox() as outbox:
         await outbox.put("app.x", b"1", ttl=60)
@@ -271,6 +320,16 @@ async def test_bad_input_names_the_field_and_enqueues_nothing(
         assert outbox.ledger().total().enqueued == 1
 
 
+async def test_an_application_with_many_kinds_leaves_room_for_alarms_and_updates(site: Site) -> None:
+    async with site.outbox() as outbox:
+        for number in range(MAX_KINDS):
+            await outbox.put(f"app.{number}", b"")
+        await outbox.put("alarm", b"")
+        await outbox.put("update", b"")
+        with pytest.raises(Malformed, match="at most"):
+            outbox.offer("app.more", b"")
+
+
 async def test_kinds_are_bounded(site: Site) -> None:
     async with site.outbox() as outbox:
         for number in range(MAX_KINDS):
@@ -344,6 +403,40 @@ async def test_a_disk_too_small_is_refused_by_sqlite_itself_and_the_rest_stays_r
         ledger = outbox.ledger()
         assert (ledger.total().pending, ledger.total().dropped) == (2, {"disk": 1})
         assert not ledger.imbalance
+
+
+async def test_a_mistake_while_settling_leaves_the_event_to_be_sent_and_settled_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, mistakes = OutboxStore.apply, iter([MemoryError()])
+
+    def failing(self: OutboxStore, *args: object, **kwargs: object) -> object:
+        for mistake in mistakes:
+            raise mistake
+        return apply(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    async with site.sending() as (outbox, _, _):
+        await outbox.put("app.x", b"1")
+        await site.when(lambda: len(site.sent()) == 1)
+        monkeypatch.setattr(OutboxStore, "apply", failing)
+        outbox.acknowledge(acked(*site.sent()))
+        await site.when(lambda: not outbox._delivered and not outbox._work.is_set())
+        await asyncio.sleep(0.01)
+        site.clock.advance(5)
+        await site.when(lambda: len(site.sent()) == 2)
+        outbox.acknowledge(acked(*site.sent()))
+        await site.when(lambda: outbox.pending == 0)
+
+
+async def test_what_was_read_before_a_file_was_replaced_says_so(site: Site) -> None:
+    async with site.outbox() as outbox:
+        for _ in range(3):
+            await outbox.put("app.x", b"1")
+        found, before = await outbox.fetch(1), outbox.boot
+        outbox._thread.submit(outbox._put_aside, Damaged("for the test")).result()
+        await outbox.put("app.x", b"2")
+        assert (found.boot, found.starts) == (before, 1)
+        assert (await outbox.fetch(1)).boot == outbox.boot != before
 
 
 @pytest.mark.parametrize("damage", [b"this is no database at all" * 200, b"SQLite format 3\0" + bytes(5_000)])

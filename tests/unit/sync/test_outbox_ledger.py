@@ -24,7 +24,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.now = 0.0
+        self.now = 1_800_000_000.0
         self.number = 0
         self.waiting: list[tuple[Entry, float | None]] = []
         self.counts: dict[str, int] = {}

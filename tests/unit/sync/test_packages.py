@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Thread
 
 import pytest
 
 from sync.errors import BadSignature, Expired, Malformed, NotListed, Refused, Unavailable
-from sync.packages import FRESH_SECONDS, RECHECK_SECONDS, REFRESH_BURST, REFRESH_GAP, UNKNOWN_KEY_GAP, Packages
+from sync.fetch import Source
+from sync.packages import (
+    FRESH_SECONDS,
+    POLL_SECONDS,
+    RECHECK_SECONDS,
+    REFRESH_BURST,
+    REFRESH_GAP,
+    UNKNOWN_KEY_GAP,
+    Packages,
+)
+from sync.states import DEADLINES
 from sync.testing import FakeRepository
 from sync.trust import Keyring, SigningKey, encode_keyring
-from tests.unit.sync.conftest import RING, SIGNER
+from tests.unit.sync.conftest import RING, SIGNER, FakeFetcher
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 STRANGER = SigningKey.from_bytes(b"\7" * 32)
@@ -137,7 +148,9 @@ async def test_the_keyring_survives_a_restart_without_network(node) -> None:
 
 
 async def test_a_keyring_other_than_the_one_signed_for_is_refused(node) -> None:
-    node.repository.keyring = encode_keyring(Keyring((STRANGER.key("desired"),)))  # the source still has the other bytes
+    node.repository.keyring = encode_keyring(
+        Keyring((STRANGER.key("desired"),))
+    )  # the source still has the other bytes
     with pytest.raises(Refused):
         await node.packages.refresh()
     assert (await node.packages.keyring()).find(STRANGER.kid) is None
@@ -206,3 +219,77 @@ async def test_what_is_no_digest_is_refused_without_asking_anybody(node) -> None
 async def test_the_first_keyring_of_a_node_is_fetched(node) -> None:
     assert node.packages.status().fresh_until > 0
     assert (await node.packages.keyring()) == RING
+
+
+class Dripping(FakeFetcher):
+    """Its first source gives away nothing before its transfers' own limits, which are far off."""
+
+    cut = 0
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source("http://slow"), Source("http://good"))
+
+    async def get(self, source: Source, path: str, limit: int) -> bytes:
+        if source.url == "http://slow":
+            try:
+                await self._clock.sleep(10_000)
+            except asyncio.CancelledError:
+                self.cut += 1
+                raise
+        return await super().get(source, path, limit)
+
+
+async def test_a_source_that_drips_leaves_time_for_the_next_one(node) -> None:
+    node.list_files({A: 1})
+    fetcher = Dripping(node.store, node.clock)
+    packages = Packages(fetcher, node.state, b"root", node.clock, node.folder / "tuf", client=node.repository)
+    asked = asyncio.create_task(packages.require([A]))
+    await node.when(lambda: node.clock.sleepers > 0 and questions(node) == 1)
+    await asyncio.sleep(0.05)
+    node.clock.advance(DEADLINES["verifying"] / 4)
+    async with asyncio.timeout(3):
+        assert await asked == {A: 1}
+    assert fetcher.cut == 1
+
+
+async def test_what_waits_for_a_dripping_source_no_longer_leaves_no_transfer_behind(node) -> None:
+    fetcher = Dripping(node.store, node.clock)
+    packages = Packages(fetcher, node.state, b"root", node.clock, node.folder / "tuf", client=node.repository)
+    asked = asyncio.create_task(packages.require([A]))
+    await node.when(lambda: questions(node) == 1)
+    await asyncio.sleep(0.05)
+    asked.cancel()
+    await asyncio.wait({asked})
+    await node.when(lambda: fetcher.cut == 1)
+
+
+async def test_looking_for_news_outlives_a_process_without_threads(node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    looking = asyncio.create_task(node.packages.run())
+    await node.when(lambda: node.clock.sleepers == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("sync.packages.Thread.start", refuse)
+        node.clock.advance(POLL_SECONDS * 1.5)
+        await node.settle()
+        await node.when(lambda: looking.done() or node.clock.sleepers == 1)
+    assert not looking.done()
+    looking.cancel()
+
+
+async def test_who_lacks_a_keyring_looks_for_one_sooner_than_who_has_one(node) -> None:
+    node.packages._approval = node.packages._keyring = None
+    node.fetcher.down = True
+    looking = asyncio.create_task(node.packages.run())
+    with pytest.raises(Unavailable):
+        await node.packages.keyring()
+    node.fetcher.down = False
+    await node.when(lambda: node.clock.sleepers >= 1)
+    before = questions(node)
+    for _ in range(10):
+        node.clock.advance(POLL_SECONDS / 100)
+        await node.settle()
+    await node.when(lambda: questions(node) > before)
+    looking.cancel()

@@ -42,16 +42,26 @@ def test_no_string_but_a_digest_reaches_the_file_system(tmp_path: Path, bad: str
             method(bad)
 
 
-def test_sweeping_keeps_what_is_needed_and_its_half_download(tmp_path: Path) -> None:
+def test_entries_are_files_and_half_downloads_with_their_sizes(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    kept, gone = put(store, b"kept"), put(store, b"gone")
-    half = digest(b"half")
+    whole, half = put(store, b"whole"), digest(b"half")
     store.staging(half).write_bytes(b"ha")
-    assert store.sweep({kept, half}) == 1
-    assert store.has(kept)
-    assert not store.has(gone)
-    assert store.staging(half).exists()
-    assert store.sweep(()) == 2
+    (tmp_path / "blobs" / "stray").write_bytes(b"nothing of ours")
+    assert {(entry.digest, entry.size, entry.half) for entry in store.entries()} == {(whole, 5, False), (half, 2, True)}
+
+
+def test_a_file_claimed_after_a_sweep_began_is_not_removed_by_it(tmp_path: Path) -> None:
+    now = [100.0]
+    store = BlobStore(tmp_path, monotonic=lambda: now[0])
+    name = put(store, b"one")
+    entry = next(store.entries())
+    now[0] = began = 200.0
+    assert store.claim(name)
+    assert not store.remove(entry, unless_claimed_since=began)
+    assert store.has(name)
+    assert store.remove(entry, unless_claimed_since=began + 1)
+    assert not store.claim(name)
+    assert not store.remove(entry, unless_claimed_since=began + 1)
 
 
 def test_resumable_parts_survive_a_restart_and_other_leftovers_do_not(tmp_path: Path) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import msgspec
 import pytest
 
 from sync.activation import MAX_STARTS, MAX_UNLUCKY
-from sync.errors import BadSignature, Malformed, Replayed, StoreFailed, SyncError
+from sync.errors import BadSignature, Malformed, Replayed, StoreFailed, SyncError, Unavailable
+from sync.fetch import Source
+from sync.messages import Document
+from sync.packages import REFRESH_GAP
+from sync.trust import SigningKey, sign
 from sync.updater import STATES
 
 
@@ -206,11 +211,11 @@ async def test_a_disk_that_refuses_after_the_preparation_does_not_condemn_the_ve
     await node.updater.start()
     activate, left = node.state.activate, [MAX_STARTS + 1]
 
-    def full(verified, envelope: bytes) -> None:
+    def full(verified, envelope: bytes, now: float) -> None:
         if verified.document.kind == "desired" and left[0]:
             left[0] -= 1
             raise StoreFailed("disk full")
-        activate(verified, envelope)
+        activate(verified, envelope, now)
 
     monkeypatch.setattr(node.state, "activate", full)
     node.updater.offer(node.package(b'"v1"'))
@@ -560,3 +565,73 @@ async def test_needed_names_every_file_of_a_stored_document(node) -> None:
     await apply(node, node.package(b'"v1"'))
     await apply(node, node.package(b'"v2"'))
     assert node.updater.needed() == set(node.fetcher.files)
+
+
+async def test_a_document_that_came_before_the_keyring_is_taken_up_when_it_comes(policy) -> None:
+    policy.packages._approval = policy.packages._keyring = None
+    policy.fetcher.down = True
+    await policy.updater.start()
+    policy.updater.offer(policy.document(b'"p1"'))
+    policy.updater.offer(b"garbage that comes later")
+    await policy.when(lambda: policy.updater.refusals["unavailable"] == 1 and policy.updater.refusals["malformed"] == 1)
+    policy.clock.advance(REFRESH_GAP)
+    policy.fetcher.down = False
+    await policy.packages.refresh()
+    assert (await policy.until("applied")).revision == 1
+
+
+async def test_of_documents_that_came_before_the_keyring_the_newest_is_in_force_and_none_is_a_replay(policy) -> None:
+    policy.packages._approval = policy.packages._keyring = None
+    policy.fetcher.down = True
+    await policy.updater.start()
+    for number in (1, 2, 3):
+        policy.clock.advance(REFRESH_GAP)
+        policy.updater.offer(policy.document(f'"p{number}"'.encode()))
+        await policy.when(lambda count=number: policy.updater.refusals["unavailable"] == count)
+    policy.clock.advance(REFRESH_GAP)
+    policy.fetcher.down = False
+    await policy.packages.refresh()
+    await policy.until("applied")
+    await policy.settle()
+    report = policy.updater.report
+    assert (report.applied, report.state, policy.updater.refusals["replayed"]) == (3, "applied", 0)
+
+
+async def test_a_source_that_swallows_questions_does_not_put_off_rolling_back(
+    policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await policy.updater.start()
+    await apply(policy, policy.document(b'"p1"'))
+    policy.activator.judgement = "undecided"
+    policy.updater.offer(policy.document(b'"p2"'))
+    await policy.watched()
+    policy.activator.judgement = "bad: wrong"
+    swallowed = asyncio.Event()
+
+    async def swallow(source: Source, path: str, limit: int) -> bytes:
+        swallowed.set()
+        await policy.clock.sleep(10_000)
+        raise Unavailable("swallowed")
+
+    monkeypatch.setattr(policy.fetcher, "get", swallow)
+    document = Document("policy", policy.scope, 9, policy.clock.wall(), (), msgspec.Raw(b"1"))
+    policy.updater.offer(sign(document, [SigningKey.from_bytes(b"\7" * 32)]))
+    async with asyncio.timeout(3):
+        await swallowed.wait()
+    policy.clock.advance(5)
+    await policy.when(lambda: policy.activator.active == b'"p1"')
+
+
+async def test_signed_times_ahead_of_the_clock_do_not_add_up(policy) -> None:
+    await policy.updater.start()
+    start = policy.clock.wall()
+    await apply(policy, policy.document(b'"p1"', issued=start + 299))
+    assert policy.state.time_floor() <= start
+    policy.updater.offer(policy.document(b'"p2"', issued=start + 598))
+    await policy.when(lambda: policy.updater.refusals["expired"] == 1)
+    policy.repository.issued = start + 299
+    await policy.packages.refresh()
+    policy.clock.advance(REFRESH_GAP)
+    policy.repository.issued = start + 598
+    await policy.packages.refresh()
+    assert policy.state.time_floor() <= start + 300

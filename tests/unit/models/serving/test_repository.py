@@ -306,7 +306,7 @@ async def test_a_model_without_versions_is_not_installed(repository: Repository)
 
 
 async def test_an_empty_document_is_settled_and_good(repository: Repository) -> None:
-    await repository.commit(await repository.prepare(encode_desired(Desired()), {}))
+    await repository.commit(await repository.prepare(encode_desired(Desired({})), {}))
     assert repository.is_settled()
     assert repository.verdict() == "good"
 
