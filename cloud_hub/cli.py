@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,14 +20,20 @@ from models.errors import InvalidRequest, TierlineError
 from models.serving.process import port_number
 from sync.errors import SyncError
 
+IDENTITY_HELP = (
+    "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor; "
+    "each has --help."
+)
 DEFAULT_HUB = "http://127.0.0.1:8080"
 MAX_POLICY_FILE = 1024 * 1024
 
 
 def hub(argv: Sequence[str]) -> int:
     """Run the hub, or speak to a running one about identities."""
+    from cloud_hub.identity_cli import IDENTITY_COMMANDS  # which stands on this module
+
     if argv and argv[0] in IDENTITY_COMMANDS:
-        return identity(argv)
+        return IDENTITY_COMMANDS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         prog="tierline hub", description="Run the hub until it is told to stop.", epilog=IDENTITY_HELP
     )
@@ -201,123 +206,6 @@ def policy(argv: Sequence[str]) -> int:
     return _speak("policy", options, run)
 
 
-IDENTITY_HELP = "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor; each has --help."
-
-
-def identity(argv: Sequence[str]) -> int:
-    """`tierline hub enrol | revoke | decommission | denied | authority`."""
-    return IDENTITY_COMMANDS[argv[0]](argv[1:])
-
-
-def enrol(argv: Sequence[str]) -> int:
-    """Print a token that lets one node in, once."""
-    parser = _parser("hub enrol", "Print a token that lets one node in, once. It is shown this once.")
-    parser.add_argument("id", help="tenant.node")
-    parser.add_argument("--tier", required=True, choices=("device", "edge", "cloud"))
-    parser.add_argument("--label", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
-    parser.add_argument("--group", action="append", default=[])
-    parser.add_argument(
-        "--name", action="append", default=[], help="host name or address its certificate may also show"
-    )
-    parser.add_argument("--hardware", metavar="SERIAL", help="the only machine that may use the token")
-    parser.add_argument("--hours", type=float, default=24.0, help="how long the token is good (default 24)")
-    options = parser.parse_args(argv)
-
-    def run(client: HubClient) -> None:
-        body = {
-            "id": options.id,
-            "tier": options.tier,
-            "labels": dict(options.label),
-            "groups": options.group,
-            "names": options.name,
-            "hardware": options.hardware,
-            "seconds": options.hours * 3600,
-        }
-        print(client.send("POST", "/api/v1/invitations", body)["token"])
-
-    return _speak("hub enrol", options, run)
-
-
-def revoke(argv: Sequence[str]) -> int:
-    """Refuse a node from now on."""
-    parser = _parser("hub revoke", "Refuse a node from now on; its live connection ends within a minute.")
-    parser.add_argument("id", help="tenant.node")
-    parser.add_argument("--reason", default="revoked")
-    options = parser.parse_args(argv)
-
-    def run(client: HubClient) -> None:
-        client.send("POST", f"/api/v1/nodes/{quote(options.id, safe='')}/revoke", {"reason": options.reason})
-        print(f"{options.id} is refused; to let it in again: tierline hub enrol {options.id}")
-
-    return _speak("hub revoke", options, run)
-
-
-def decommission(argv: Sequence[str]) -> int:
-    """Revoke a node and delete what the hub knows of it."""
-    parser = _parser("hub decommission", "Revoke a node and delete what the hub knows of it.")
-    parser.add_argument("id", help="tenant.node")
-    options = parser.parse_args(argv)
-
-    def run(client: HubClient) -> None:
-        client.send("DELETE", f"/api/v1/nodes/{quote(options.id, safe='')}", b"")
-        print(f"{options.id} is forgotten")
-
-    return _speak("hub decommission", options, run)
-
-
-def denied(argv: Sequence[str]) -> int:
-    """List ids that are refused."""
-    options = _parser("hub denied", "List ids that are refused.").parse_args(argv)
-
-    def run(client: HubClient) -> None:
-        _table(("NODE", "REASON"), [(entry["id"], entry["reason"]) for entry in client.get("/api/v1/denied")])
-
-    return _speak("hub denied", options, run)
-
-
-def authority(argv: Sequence[str]) -> int:
-    """Show the certificate authorities, or roll over to the next one."""
-    parser = _parser("hub authority", "Show the certificate authorities, or roll over to the next one.")
-    parser.add_argument("action", nargs="?", choices=("show", "next", "switch", "retire"), default="show")
-    parser.add_argument("number", nargs="?", type=int, help="of the authority to retire")
-    parser.add_argument("--force", action="store_true", help="switch before nodes had time to hear of it")
-    options = parser.parse_args(argv)
-    if options.action == "retire" and options.number is None:
-        parser.error("retire needs the number of an authority")
-
-    def run(client: HubClient) -> None:
-        path = "/api/v1/authority"
-        if options.action == "show":
-            found = client.get(path)
-        elif options.action == "retire":
-            found = client.send("POST", f"{path}/{options.number}/retire", {})
-        else:
-            body = {"force": options.force} if options.action == "switch" else {}
-            found = client.send("POST", f"{path}/{options.action}", body)
-        rows = [
-            (str(entry["number"]), "yes" if entry["issuing"] else "", entry["fingerprint"], _day(entry["until"]))
-            for entry in found
-        ]
-        _table(("AUTHORITY", "ISSUES", "SHA256", "UNTIL"), rows)
-
-    return _speak("hub authority", options, run)
-
-
-def _doctor(argv: Sequence[str]) -> int:
-    from cloud_hub.doctor_cli import doctor
-
-    return doctor(argv)
-
-
-IDENTITY_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "enrol": enrol,
-    "revoke": revoke,
-    "decommission": decommission,
-    "denied": denied,
-    "authority": authority,
-    "doctor": _doctor,
-}
-
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "hub": ("run the hub: management API, files, documents", hub),
     "publish": ("upload a package folder and publish its version", publish),
@@ -421,10 +309,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _pairs(values: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(values.items()))
-
-
-def _day(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).date().isoformat()
 
 
 def _share(value: float | None) -> str:

@@ -40,6 +40,11 @@ class BoundedHttp(HttpToolsProtocol):
         elif self._alarm is None:
             self._wait_for_head()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._alarm is None:
+            self._wait_for_head()
+
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_came()

@@ -76,6 +76,8 @@ async def running_hub(options: HubOptions) -> AsyncIterator[str]:
     broker = broker_address(options.broker)
     if not broker.tls:
         check_loopback("broker", broker.host)
+        if options.tls:
+            log.warning("without mqtts to the broker a revoked node's live connection is silenced, but not ended")
     password = _read_password(options.broker_password)
     # Locked before the link connects: a second hub on the folder would take the first one's place at the broker.
     with locked(options.data), _listening(options.host, options.port) as listener:

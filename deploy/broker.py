@@ -18,9 +18,11 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from deploy.processes import DeployError, Process, free_port, wait_until
@@ -129,10 +131,14 @@ class Broker:
     def request(self) -> str:
         """A certificate request, PEM. The key is made once and stays in the folder."""
         path = self._folder / "server.key"
-        if not path.exists():
-            _write_private(path, private_pem(new_key()).decode())
-        key = load_pem_private_key(path.read_bytes(), None)
-        return request(key, "broker")  # type: ignore[arg-type]
+        key: object = None
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            key = load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(key, EllipticCurvePrivateKey):
+            # None yet, or a damaged one: the certificate is asked for right after, so a new key costs nothing.
+            key = new_key()
+            _write_private(path, private_pem(key).decode())
+        return request(key, "broker")
 
     def install(self, certificate: str, bundle: str) -> None:
         """Show this certificate from the next connection on, and trust nodes whose certificates lead to `bundle`."""
@@ -273,4 +279,6 @@ def _write_private(path: Path, text: str) -> None:
     staged = path.with_suffix(".tmp")
     with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # renamed first and written later, a power cut would leave an empty one
     staged.replace(path)

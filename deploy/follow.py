@@ -61,6 +61,9 @@ class Follower:
     def _do(self, api: HubApi) -> None:
         # What it works by now is told: then the hub ends the connections of those who were revoked meanwhile.
         access = api.call("GET", f"/api/v1/broker/access?have={self._version}")
+        # First of all, whatever becomes of the certificate: who was revoked must be kept out.
+        self._broker.admit(access["passwords"], access["acl"], access["revocations"], access["version"])
+        self._version = access["version"]
         secure = self._broker.secure
         if secure is not None and (access["bundle"] != self._bundle or time.time() > self._renew_at):
             body = {"csr": self._broker.request(), "names": [*secure.names, *LOCAL_NAMES]}
@@ -68,5 +71,3 @@ class Follower:
             self._broker.install(made["certificate"], made["bundle"])
             self._renew_at = time.time() + (made["not_after"] - time.time()) / 2
             self._bundle = access["bundle"]
-        self._broker.admit(access["passwords"], access["acl"], access["revocations"], access["version"])
-        self._version = access["version"]

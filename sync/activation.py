@@ -148,7 +148,7 @@ class InForce:
         return planned
 
     async def prepare(self, offer: Offer, blobs: Mapping[str, Path], *, seconds: float | None = None) -> object:
-        """What `put` takes. Raises Rejected with the activator's reason. `seconds`: None = a deadline too short is no reason."""
+        """What `put` takes. Raises Rejected with the activator's reason. `seconds`: None = the usual ones at least."""
         if seconds is None:
             # What was in force, and settings that may mend the deadlines.
             seconds = max(self._deadline("preparing"), DEADLINES["preparing"])

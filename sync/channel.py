@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -89,16 +90,18 @@ class Address:
 
 
 def broker_address(url: str) -> Address:
-    """Raises InvalidConfig for anything but mqtt, mqtts, ws or wss with a host and without credentials in it."""
+    """Raises InvalidConfig for anything but mqtt, mqtts, ws or wss with a host and without credentials in it, and does not
+    repeat those."""
+    shown = re.sub(r"//.*@", "//...@", url)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise InvalidConfig(f"broker {url!r}: {error}") from error
+        raise InvalidConfig(f"broker {shown!r}: {error}") from error
     web = parts.scheme in ("ws", "wss")
     extra = parts.query or parts.fragment or parts.username or (parts.path.strip("/") and not web)
     if parts.scheme not in PORTS or not host or extra:
-        raise InvalidConfig(f"broker {url!r} is not mqtt://host:port, mqtts://..., ws://host:port/path or wss://...")
+        raise InvalidConfig(f"broker {shown!r} is not mqtt://host:port, mqtts://..., ws://host:port/path or wss://...")
     path = (parts.path if parts.path not in ("", "/") else "/mqtt") if web else None
     return Address(host, port or PORTS[parts.scheme], parts.scheme in ("mqtts", "wss"), path)
 

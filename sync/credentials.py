@@ -15,6 +15,7 @@ import secrets
 import shutil
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,8 @@ BEARER_REUSE_SECONDS = 120.0
 """A bearer token is used for so long and then made anew: most of its life is left for the request it goes with."""
 MAX_PEM_BYTES = 64 * 1024
 FILES = ("key.pem", "cert.pem", "ca.pem")
+PENDING = "joining.pem"
+"""The key of a join that is not over: it is shown again when the hub's answer, or the power, was lost."""
 
 
 class Credentials(Protocol):
@@ -140,8 +143,10 @@ class Identity:
             self.forget_older()
 
     def forget_older(self) -> None:
+        # Nor what is in use on the disk: a renewal that outlives its node, in an application say, may just have put it there.
+        kept = {self.pair.folder, (self._folder / "live").resolve()}
         for path in self._pairs():
-            if path != self.pair.folder:
+            if path.resolve() not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         self._attempts = 0
 
@@ -160,8 +165,9 @@ class Identity:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _before(self) -> Path | None:
-        others = [path for path in self._pairs() if path != self.pair.folder]
-        return others[-1] if others else None
+        # Not what is newer: that was begun and never finished.
+        older = [path for path in self._pairs() if _number(path) < _number(self.pair.folder)]
+        return older[-1] if older else None
 
     def _pairs(self) -> list[Path]:
         return sorted(self._folder.glob("pair-[0-9]*"), key=_number)
@@ -228,6 +234,36 @@ def write_pair(folder: Path, key: EllipticCurvePrivateKey, certificate: str, bun
 
 def new_key() -> EllipticCurvePrivateKey:
     return generate_private_key(SECP256R1())
+
+
+def pending_key(folder: Path) -> EllipticCurvePrivateKey:
+    """The key of an unfinished join, else a new one, on the disk before anybody hears of it. Raises StoreFailed."""
+    path = folder / PENDING
+    with suppress(OSError, ValueError, TypeError):
+        key = load_pem_private_key(_bounded(path), None)
+        if isinstance(key, EllipticCurvePrivateKey):
+            return key
+    made = new_key()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        keep(path, private_pem(made))
+    except OSError as error:
+        raise StoreFailed(f"could not keep a key in {path}: {error}") from error
+    return made
+
+
+def forget_pending_key(folder: Path) -> None:
+    (folder / PENDING).unlink(missing_ok=True)
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, for nobody else to read, so that a power cut leaves the old file or the new one. Raises
+    OSError."""
+    staged = path.with_name(f".{path.name}.new")
+    staged.unlink(missing_ok=True)
+    _write(staged, data, 0o600)
+    staged.replace(path)
+    _flush(path.parent)
 
 
 def request(key: EllipticCurvePrivateKey, node: str = "node") -> str:

@@ -17,30 +17,43 @@ from urllib.parse import urlsplit
 
 import msgspec
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from sync.clock import SystemClock
-from sync.credentials import Identity, new_key, request, trusting, write_pair
+from sync.credentials import (
+    PENDING,
+    Identity,
+    forget_pending_key,
+    keep,
+    pending_key,
+    request,
+    trusting,
+    write_pair,
+)
 from sync.enrol_messages import MAX_ANSWER_BYTES, Enrol, Enrolled, read_token
-from sync.errors import BadSignature, InvalidConfig, SyncError
-from sync.hub_call import call
+from sync.errors import BadSignature, InvalidConfig, StoreFailed, SyncError
+from sync.hub_call import HubRefused, call
 from sync.identity import LOOPBACK, Membership
 from sync.messages import decode
 from sync.renewal import Renewal
 
 CONFIG = "node.toml"
+KEY_USED = 409
+"""What the hub answers when the key, not the token, is the trouble."""
 _NAMES = ("root.json", "keyring.json")
 """What the pinned file may be called: a hub does not choose where on this machine it writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """`config`: the file to start the node with."""
+    """`config`: the file to start the node with. `ahead`: seconds by which this machine's clock is ahead of the hub's."""
 
     node: str
     config: Path
     enrolled: Enrolled
+    ahead: float = 0.0
 
 
 class _Authorities(msgspec.Struct, frozen=True):
@@ -59,31 +72,51 @@ def join_hub(
 ) -> Joined:
     """Enrol this machine and write `folder`: identity/, the pinned trust and node.toml, never over existing ones.
 
+    node.toml is written last. Until then the same call, with the same token, finishes what was begun.
     `tier`: what the token must be for. `top`: further text settings of node.toml. Blocking.
     Raises Malformed, BadSignature (another hub than the token is of), HubRefused, Unavailable, InvalidConfig, StoreFailed.
     """
     url = url.rstrip("/")
     _check_url(url)
     asked = read_token(token)
-    if (folder / CONFIG).exists() or (folder / "identity" / "live").exists():
+    identity = folder / "identity"
+    begun = (identity / PENDING).exists()
+    if (folder / CONFIG).exists() or ((identity / "live").exists() and not begun):
         raise InvalidConfig(f"{folder}: there is a node already; use another folder, or take that one out first")
     context = _vouched(url, asked.pin, proxy)
-    key = new_key()
-    # Kept until the hub has answered: a machine that cannot write its key must not use up the token.
+
+    def ask() -> tuple[EllipticCurvePrivateKey, Enrolled]:
+        # On the disk before the token is used: a machine that cannot write must not use it up, and the hub takes the token
+        # again from the same key.
+        key = pending_key(identity)
+        body = Enrol(token=token.strip(), csr=request(key), hardware=hardware)
+        return key, decode(call(f"{url}/api/v1/enrol", body, context, proxy), Enrolled, MAX_ANSWER_BYTES)
+
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    body = Enrol(token=token.strip(), csr=request(key), hardware=hardware)
-    answer = decode(call(f"{url}/api/v1/enrol", body, context, proxy), Enrolled, MAX_ANSWER_BYTES)
+    try:
+        key, answer = ask()
+    except HubRefused as error:
+        if error.status != KEY_USED or not begun:
+            raise
+        # It was enrolled by a token before this one, and revoked since.
+        forget_pending_key(identity)
+        key, answer = ask()
+    ahead = SystemClock().wall() - answer.time if answer.time else 0.0
     if answer.trust_name not in _NAMES:
         raise BadSignature(f"the hub wants a file {answer.trust_name[:40]!r} pinned")
-    write_pair(folder / "identity", key, answer.certificate, answer.bundle)
-    (folder / answer.trust_name).write_bytes(answer.trust)
+    write_pair(identity, key, answer.certificate, answer.bundle)
     config = folder / CONFIG
-    config.write_text(_config(url, answer, proxy, top or {}))
+    try:
+        keep(folder / answer.trust_name, answer.trust)
+        keep(config, _config(url, answer, proxy, top or {}).encode())
+    except OSError as error:
+        raise StoreFailed(f"could not write {folder}: {error}; join again, with the same token") from error
+    forget_pending_key(identity)
     if answer.tier != tier:
         raise InvalidConfig(
             f"the token is for tier {answer.tier}: start it with 'tierline {_command(answer.tier)} {config}'"
         )
-    return Joined(answer.node, config, answer)
+    return Joined(answer.node, config, answer, ahead)
 
 
 def leave_hub(membership: Membership) -> str:
@@ -99,7 +132,7 @@ def leave_hub(membership: Membership) -> str:
         told = "no hub is configured: decommission the node there too"
     else:
         try:
-            Renewal(identity, membership.hub, SystemClock(), proxy=membership.proxy).leave()
+            Renewal(identity, membership.hub, SystemClock(), proxy=membership.proxy_to(membership.hub)).leave()
         except (SyncError, OSError) as error:
             told = f"the hub was not told ({error}): decommission the node there too"
     identity.forget()
@@ -130,28 +163,33 @@ def _vouched(url: str, pin: str, proxy: str | None) -> ssl.SSLContext | None:
 
 
 def _config(url: str, answer: Enrolled, proxy: str | None, top: Mapping[str, str]) -> str:
-    lines = [f"{name} = {json.dumps(value)}" for name, value in top.items()]
+    lines = [f"{name} = {_quoted(value)}" for name, value in top.items()]
     lines += [
         "[node]",
-        f"id = {json.dumps(answer.node)}",
-        f"tier = {json.dumps(answer.tier)}",
-        f"hub = {json.dumps(url)}",
-        f"broker = {json.dumps(answer.brokers[0] if answer.brokers else _broker_beside(url))}",
-        f"sources = {json.dumps(list(answer.sources) or [url])}",
-        f"{answer.trust_name.partition('.')[0]} = {json.dumps(answer.trust_name)}",
+        f"id = {_quoted(answer.node)}",
+        f"tier = {_quoted(answer.tier)}",
+        f"hub = {_quoted(url)}",
+        f"broker = {_quoted(answer.brokers[0] if answer.brokers else _broker_beside(url))}",
+        f"sources = {_quoted(list(answer.sources) or [url])}",
+        f"{answer.trust_name.partition('.')[0]} = {_quoted(answer.trust_name)}",
         'identity = "identity"',
         'data = "data"',
-        f"groups = {json.dumps(list(answer.groups))}",
+        f"groups = {_quoted(list(answer.groups))}",
         f"fleet = {answer.fleet}",
     ]
     if proxy is not None:
-        lines.append(f"proxy = {json.dumps(proxy)}")
+        lines.append(f"proxy = {_quoted(proxy)}")
     if answer.labels:
         lines += [
             "[node.labels]",
-            *(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in answer.labels.items()),
+            *(f"{_quoted(name)} = {_quoted(value)}" for name, value in answer.labels.items()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str | list[str]) -> str:
+    """A TOML string, or a list of them. TOML takes neither DEL nor the surrogates that JSON writes beyond 16 bits."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _broker_beside(url: str) -> str:

@@ -1,9 +1,9 @@
-"""The MQTT connection, as `async with Link(...)`. The only importer of paho.
+"""The MQTT connection, as `async with Link(...)`.
 
-One paho client per connection and one supervisor that replaces it: so the protocol version can fall back, the delay between
-attempts carries our own jitter, and a network thread that ends for whatever reason is noticed by its end, never by
-`is_connected()`. paho holds no queue of ours: packets wait in `sync.outgoing` and enter paho within a small window, so an
-unacknowledged one is sent again on the next connection. Numbers after `paho` are issues of paho.mqtt.python.
+One `sync.connection` at a time and one supervisor that replaces it: so the protocol version can fall back, the delay between
+attempts carries our own jitter, and a network thread that ends for whatever reason is noticed. paho holds no queue of ours:
+packets wait in `sync.outgoing` and enter paho within a small window, so an unacknowledged one is sent again on the next
+connection.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Self
-
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
+from typing import Self
 
 from sync import tunnel
-from sync.channel import MAX_FLEET, Address, LinkLike, LinkOptions, Message, Will, broker_address, reconnect_delay
+from sync.channel import MAX_FLEET, LinkLike, LinkOptions, Message, Will, broker_address, reconnect_delay
+from sync.connection import CLOSE_SECONDS, Connection
 from sync.errors import InvalidConfig, SyncError
 from sync.messages import MAX_MESSAGE_BYTES
 from sync.outgoing import Outgoing, Packet
@@ -33,12 +27,10 @@ CONNACK_SECONDS = 10.0
 """A broker that accepted the socket must have answered by then."""
 DRAIN_SECONDS = 2.0
 """How long leaving waits for acknowledgements of what was published."""
-CLOSE_SECONDS = 3.0
-"""How long leaving waits for paho's thread; it is a daemon and is abandoned after that."""
-_OTHER = {
-    MQTTProtocolVersion.MQTTv5: MQTTProtocolVersion.MQTTv311,
-    MQTTProtocolVersion.MQTTv311: MQTTProtocolVersion.MQTTv5,
-}
+STEADY_SECONDS = 10.0
+FLAPPING_ATTEMPT = 5
+"""A connection that lasted less was no success: two machines that show one certificate would evict each other twice a second
+for ever. The delay then grows up to that of this attempt."""
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +60,9 @@ class Link:
         self._drained = asyncio.Event()
         self._drained.set()
         self._closed = False
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connected = False
-        self._version = MQTTProtocolVersion.MQTTv5
+        self._v5 = True
         self._clean = True
         self._told: bool | None = None
         self._trouble = ""
@@ -165,9 +157,9 @@ class Link:
     # --- the supervisor -----------------------------------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        attempt = 0
+        attempt, loop = 0, asyncio.get_running_loop()
         while True:
-            was_up = False
+            was_up, began = False, loop.time()
             try:
                 was_up, why = await self._connect_once()
             except SyncError as error:
@@ -176,14 +168,18 @@ class Link:
                 # No thread or no descriptor to be had: that passes, and a node without a link is deaf for good.
                 log.exception("an attempt to reach %s failed", self._options.url)
                 why = f"the attempt failed: {error}"
-            attempt = 1 if was_up else attempt + 1
+            if was_up:
+                steady = loop.time() - began >= STEADY_SECONDS
+                attempt = 1 if steady else min(attempt + 1, FLAPPING_ATTEMPT)
+            else:
+                attempt += 1
             self._trouble = why
             self._tell(False, why)
             await asyncio.sleep(reconnect_delay(attempt, self._options, random.uniform, self._fleet_size))
 
     async def _connect_once(self) -> tuple[bool, str]:
         """One connection from its beginning to its end: whether it was up, and why it ended."""
-        connection = _Connection(self, self._options, self._address, self._proxy, self._version, self._clean)
+        connection = Connection(self, self._options, self._address, self._proxy, self._v5, self._clean)
         self._connection = connection
         try:
             was_up = await self._serve(connection)
@@ -193,10 +189,10 @@ class Link:
             await connection.close()
         if wrong_version:
             # A broker without MQTT 5 should refuse the version, but some just hang up: then try the other one.
-            self._version = _OTHER[self._version]
+            self._v5 = not self._v5
         return was_up, connection.why
 
-    async def _serve(self, connection: _Connection) -> bool:
+    async def _serve(self, connection: Connection) -> bool:
         """Until the connection's thread has ended. True when it was up in between."""
         connection.start()
         try:
@@ -212,7 +208,7 @@ class Link:
 
     # --- events, in the event loop ------------------------------------------------------------------------------
 
-    def up(self, connection: _Connection, receive_maximum: int | None) -> None:
+    def up(self, connection: Connection, receive_maximum: int | None) -> None:
         """The broker accepted the connection."""
         if connection is not self._connection:
             return
@@ -227,7 +223,7 @@ class Link:
             except Exception:
                 log.exception("a callback on connect failed")
 
-    def acknowledged(self, connection: _Connection, mid: int, failure: str | None) -> None:
+    def acknowledged(self, connection: Connection, mid: int, failure: str | None) -> None:
         """The broker has the message, or refuses it: then sending it again would not help."""
         if connection is not self._connection:
             return
@@ -237,7 +233,7 @@ class Link:
             log.warning("the broker refused a publish on %s: %s", packet.topic, failure)
         self._pump()
 
-    def arrived(self, connection: _Connection, message: Message) -> None:
+    def arrived(self, connection: Connection, message: Message) -> None:
         """Runs in paho's thread: bounded here, so that a stalled event loop cannot collect messages without end."""
         if len(self._incoming) >= self._options.max_incoming or len(message.payload) > MAX_MESSAGE_BYTES:
             self.lost_incoming += 1
@@ -267,176 +263,3 @@ class Link:
             self._told = healed
             text = "link to %s is up (%s)" if healed else "link to %s is down: %s"
             log.log(logging.INFO if healed else logging.WARNING, text, self._options.url, why)
-
-
-class _Client(paho.Client):
-    """paho's client, whose network thread says when it ends: the only reliable sign of life."""
-
-    on_end: Callable[[], None]
-    proxy: tunnel.Proxy | None = None
-
-    def _create_socket_connection(self) -> socket.socket:
-        """paho's own way through a proxy needs PySocks."""
-        if self.proxy is None:
-            return super()._create_socket_connection()
-        return tunnel.connect(self.proxy, self._host, self._port, self._connect_timeout)
-
-    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
-        try:
-            return super().loop_forever(timeout, retry_first_connection)
-        finally:
-            self.on_end()
-
-
-class _Connection:
-    """One paho client from CONNECT to its end. Callbacks run in paho's thread and only post into the event loop."""
-
-    def __init__(
-        self,
-        link: Link,
-        options: LinkOptions,
-        address: Address,
-        proxy: tunnel.Proxy | None,
-        version: MQTTProtocolVersion,
-        clean: bool,
-    ) -> None:
-        self.decided = asyncio.Event()
-        self.ended = asyncio.Event()
-        self.why = "connection lost"
-        self.version_refused = False
-        self._opened = self._answered = False
-        self._link = link
-        self._loop = asyncio.get_running_loop()
-        self._closing = self._started = False
-        self._v5 = version == MQTTProtocolVersion.MQTTv5
-        self.name = "MQTT 5" if self._v5 else "MQTT 3.1.1"
-        self._client = self._build(options, address, version, clean)
-        self._client.proxy = proxy
-        self._client.connect_async(
-            address.host,
-            address.port,
-            keepalive=options.keepalive,
-            clean_start=clean,
-            properties=_connect_properties(options.session_seconds) if self._v5 else None,
-        )
-
-    def _build(self, options: LinkOptions, address: Address, version: MQTTProtocolVersion, clean: bool) -> _Client:
-        client = _Client(
-            CallbackAPIVersion.VERSION2,
-            options.client_id,
-            clean_session=None if self._v5 else clean,
-            protocol=version,
-            transport="tcp" if address.path is None else "websockets",
-            reconnect_on_failure=False,
-        )
-        if address.path is not None:
-            client.ws_set_options(path=address.path)
-        if address.tls and options.tls is not None:
-            client.tls_set_context(options.tls())
-        client.suppress_exceptions = True  # an exception in a callback ends the thread without a word: paho 365
-        client.max_queued_messages_set(0)  # a limit here drops the newest, silently: paho 856
-        client.max_inflight_messages_set(options.window)
-        client.username_pw_set(options.username, options.password)
-        if options.will is not None:
-            client.will_set(options.will.topic, options.will.payload, qos=1, retain=True)
-        client.on_end = lambda: self.post(self._on_end)
-        client.on_socket_open = self._on_socket_open
-        client.on_connect = self._on_connect
-        client.on_connect_fail = self._on_connect_fail
-        client.on_disconnect = self._on_disconnect
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = self._on_publish
-        client.on_message = self._on_message
-        return client
-
-    def start(self) -> None:
-        self._client.loop_start()
-        self._started = True
-
-    def subscribe(self, filters: list[str]) -> None:
-        for topic in filters:
-            self._client.subscribe(topic, qos=1)
-
-    def publish(self, packet: Packet) -> int:
-        """The message id under which the broker's answer will come."""
-        return self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain).mid
-
-    @property
-    def hung_up(self) -> bool:
-        """The broker took the socket and closed it without an answer."""
-        return self._opened and not self._answered and not self._closing
-
-    async def close(self) -> None:
-        self._closing = True
-        self._client.disconnect()
-        if not self._started:
-            return  # no thread will ever say that it ended
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.ended.wait()
-        except TimeoutError:
-            log.warning("paho's network thread did not end within %g s", CLOSE_SECONDS)
-
-    def post(self, action: Callable[..., None], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(action, *args)
-        except RuntimeError:
-            log.debug("the event loop is closed: nobody is left to tell")
-
-    # --- callbacks, in paho's thread ----------------------------------------------------------------------------
-
-    def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        # Without it a publish from a callback costs 44 ms at the median, with it 0.6 (paho 874).
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._opened = True
-
-    def _on_connect(
-        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        self._answered = True
-        if self._closing:
-            client.disconnect()
-        elif reason.is_failure:
-            self.why = f"the broker refused us: {reason}"
-            self.version_refused = reason.value == 132  # MQTT 5, 3.2.2.2: unsupported protocol version
-        else:
-            self.post(self._link.up, self, getattr(properties, "ReceiveMaximum", None))
-            self.post(self.decided.set)
-
-    def _on_connect_fail(self, client: paho.Client, userdata: object) -> None:
-        self.why = "no connection to the broker"
-        client.disconnect()  # paho would retry by itself, without jitter; the supervisor does
-
-    def _on_disconnect(
-        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
-    ) -> None:
-        if reason.value != 0 and self.why == "connection lost":
-            self.why = f"connection lost: {reason}"
-
-    def _on_subscribe(
-        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
-    ) -> None:
-        # A grant proves nothing (mosquitto grants what it will filter), a refusal does.
-        for reason in reasons:
-            if reason.is_failure:
-                log.warning("the broker refused a subscription: %s", reason)
-
-    def _on_publish(
-        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
-    ) -> None:
-        # paho counts a refused publish as published: only the reason code tells, and only in MQTT 5.
-        self.post(self._link.acknowledged, self, mid, str(reason) if reason.is_failure else None)
-
-    def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        self._link.arrived(self, Message(message.topic, bytes(message.payload), message.retain))
-
-    def _on_end(self) -> None:
-        self.ended.set()
-        self.decided.set()
-
-
-def _connect_properties(session_seconds: int) -> Properties:
-    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.SessionExpiryInterval = session_seconds
-    properties.MaximumPacketSize = 2 * MAX_MESSAGE_BYTES
-    return properties

@@ -262,12 +262,12 @@ class Outbox:
         except StoreFailed as error:
             self._failed(batch, error)
             self._lost.update(lost)
-            self.flight.unsettled(settled)
+            self._unsettle(settled)
             return
         except BaseException:
             self._lost.update(lost)
             self._failed(batch, StoreFailed("the outbox failed"))
-            self.flight.unsettled(settled)
+            self._unsettle(settled)
             raise
         self._tell(working=True)
         self.flight.settled(settled)
@@ -277,6 +277,11 @@ class Outbox:
             elif item.done is not None and not item.done.done():
                 item.done.set_result(item.entry.id)
         self.on_change()
+
+    def _unsettle(self, settled: Sequence[str]) -> None:
+        if settled:
+            self.flight.unsettled(settled)
+            self.on_change()  # they are due again, which nobody waits for
 
     def _failed(self, batch: Sequence[_Put], error: StoreFailed) -> None:
         self._tell(working=False, why=str(error))

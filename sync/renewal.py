@@ -25,6 +25,8 @@ FIRST_RETRY_SECONDS = 15.0
 LAST_RETRY_SECONDS = 300.0
 """A node that comes back after weeks renews at most so long (and half as much again) after the hub is in reach."""
 REFUSED_RETRY_SECONDS = 3600.0
+SHORTEST_SECONDS = 3600.0
+"""Between two renewals: on a machine whose clock is days ahead every new certificate looks old."""
 LONGEST_SLEEP_SECONDS = 900.0
 """Longer waits are cut in pieces: the wall clock may jump, and a certificate's dates are in its terms."""
 
@@ -61,27 +63,28 @@ class Renewal:
 
     async def run(self) -> None:
         """Until cancelled. What goes wrong is told to the log, once per kind, and tried again; serving never hears of it."""
-        failures = 0
-        due = self._due()
+        failures, pause, due = 0, 0.0, self._due()
         while True:
+            # Pauses are durations and the date is the certificate's: a clock that is set right meanwhile upsets neither.
+            await self._clock.sleep(pause)
             await self._until(due)
             try:
                 await asyncio.to_thread(self.renew)
             except HubRefused as error:
                 failures += 1
                 self._tell(f"the hub refuses to renew the certificate: {error}")
-                due = self._clock.wall() + self._uniform(0.5, 1.5) * REFUSED_RETRY_SECONDS
+                pause = self._uniform(0.5, 1.5) * REFUSED_RETRY_SECONDS
             except (SyncError, OSError) as error:
                 failures += 1
                 self._tell(f"the certificate could not be renewed: {error}")
-                due = self._clock.wall() + self._retry(failures)
+                pause = self._retry(failures)
             except Exception:
                 log.exception("renewing the certificate failed")
-                due = self._clock.wall() + LAST_RETRY_SECONDS
+                pause = LAST_RETRY_SECONDS
             else:
                 failures, self.trouble = 0, None
                 log.info("the certificate was renewed")
-                due = self._due()
+                pause, due = SHORTEST_SECONDS, self._due()
 
     def renew(self) -> None:
         """One renewal, blocking. Raises HubRefused, Unavailable, Malformed, StoreFailed."""

@@ -66,7 +66,7 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Stored envelopes; None = the slot is empty. `confirmed`: the probation of the active one is over; `proved`: by its work."""
+    """Stored envelopes; None = the slot is empty. `confirmed`: the active one's probation is over; `proved`: by its work."""
 
     active: bytes | None = None
     previous: bytes | None = None

@@ -1,4 +1,8 @@
-"""The updaters' outcomes as events: what the retained report says now, these say once for each time it happened."""
+"""The updaters' outcomes as events: what the retained report says now, these say once for each time it happened.
+
+A start tells the last outcome once more, with the same `at`: a node that died before the outbox had it would else keep it to
+itself.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ import msgspec
 from models.errors import InvalidRequest
 
 MIN_BASELINE = 50
-"""Answers of the previous version from which its latency and confidence can be compared with."""
+"""Answers of the previous version from which its latency can be compared with."""
+MIN_PAIRS = 12
+"""Different inputs that both versions have seen, from which their confidences are compared."""
 BASELINE_ANSWERS = 1 << 14
 """Answers after which a record halves its counts: traffic of last month says little about today's."""
 
@@ -42,11 +44,12 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     if that is also `latency_rise_ms` more: a machine's caches and neighbours change small times by themselves.
     `error_share`: of answers that are engine failures. `late_share`: of requests not answered by their deadline.
     `not_finite_share`: of answers with NaN or infinity. `confidence_psi`: largest population stability index between the
-    confidences of the two versions; 0.1 is a small, 0.25 a significant shift (Siddiqi, Credit Risk Scorecards, 2006; Lewis,
-    1994). `confidence_upward`: whether a shift towards more confidence counts, too; a better model makes one.
-    `disagreement`: share of the same inputs that the two versions put into different classes; two models that are right in
-    87.5 % of cases differ in at most 25 %. `shadow`: whether the previous version stays loaded during probation to be
-    compared with; `shadow_answers`: how often it is asked; `shadow_share`: of one thread's time that this may take.
+    confidences of the two versions on the same inputs (what they were asked at different times says more of the callers);
+    0.1 is a small, 0.25 a significant shift (Siddiqi, Credit Risk Scorecards, 2006; Lewis, 1994). `confidence_upward`:
+    whether a shift towards more confidence counts, too; a better model makes one. `disagreement`: share of the same inputs
+    that the two versions put into different classes; two models that are right in 87.5 % of cases differ in at most 25 %.
+    `shadow`: whether the previous version stays loaded during probation to be compared with; `shadow_answers`: how often it
+    is asked; `shadow_share`: of one thread's time that this may take.
     """
 
     answers: int = 20
@@ -90,8 +93,9 @@ def read_rules(given: Mapping[str, Any]) -> Rules:
 class Record(msgspec.Struct):
     """What traffic said of one version of a model.
 
-    `latency`, `confidence`: histograms. `looked`: answers whose numbers were looked through. `compared`, `differed`: inputs
-    that the previous version was asked, too. `bad`: it was condemned, and is nothing to compare with.
+    `latency`: histogram of all runs. `looked`: answers whose numbers were looked through. `compared`, `differed`: different
+    inputs that the previous version was asked, too; `confidence`, `before`: histograms of its own confidence and of the
+    previous version's on them. `bad`: it was condemned, and is nothing to compare with.
     """
 
     package: str
@@ -106,18 +110,22 @@ class Record(msgspec.Struct):
     bad: bool = False
     latency: list[int] = msgspec.field(default_factory=lambda: [0] * LATENCY_BINS)
     confidence: list[int] = msgspec.field(default_factory=lambda: [0] * (len(CONFIDENCE_EDGES) + 1))
+    before: list[int] = msgspec.field(default_factory=lambda: [0] * (len(CONFIDENCE_EDGES) + 1))
 
     @property
     def key(self) -> str:
         return f"{self.package}/{self.version}"
 
-    def add(self, seconds: float, confidence: float | None) -> None:
-        """Count one answer: `seconds` of its run, its confidence in 0..1 if it has one."""
+    def add(self, seconds: float) -> None:
+        """Count one answer: `seconds` of its run."""
         self.answers += 1
         bin_ = int(LATENCY_STEPS * (log2(seconds) + 20)) if seconds > 1e-6 else 0
         self.latency[bin_ if bin_ < LATENCY_BINS else -1] += 1
-        if confidence is not None:
-            self.confidence[bisect_right(CONFIDENCE_EDGES, confidence)] += 1
+
+    def pair(self, own: float, before: float) -> None:
+        """Count the confidences, in 0..1, of this version and of the previous one on one input."""
+        self.confidence[bisect_right(CONFIDENCE_EDGES, own)] += 1
+        self.before[bisect_right(CONFIDENCE_EDGES, before)] += 1
 
     def age(self) -> None:
         """Let the past weigh half."""
@@ -125,6 +133,7 @@ class Record(msgspec.Struct):
             setattr(self, name, getattr(self, name) // 2)
         self.latency = [count // 2 for count in self.latency]
         self.confidence = [count // 2 for count in self.confidence]
+        self.before = [count // 2 for count in self.before]
 
     @property
     def requests(self) -> int:
@@ -144,7 +153,7 @@ class Record(msgspec.Struct):
         return sum(self.latency[bisect_left(_EDGES, seconds) :])
 
 
-_EDGES = tuple(2.0 ** (bin_ / LATENCY_STEPS - 20) for bin_ in range(LATENCY_BINS + 1))
+_EDGES: Sequence[float] = tuple(2.0 ** (bin_ / LATENCY_STEPS - 20) for bin_ in range(LATENCY_BINS + 1))
 """Seconds where the bins of `Record.latency` begin, and where the last one ends."""
 
 
@@ -187,7 +196,7 @@ def fault(new: Record, old: Record | None, rules: Rules, latency_ms: float | Non
         _share("answers that are not finite", new.not_finite, new.looked, rules.not_finite_share),
         _late(new, old, rules),
         _latency(new, old, rules, latency_ms),
-        _confidence(new, old, rules),
+        _confidence(new, rules),
         _share(
             "inputs classified otherwise than by the previous version", new.differed, new.compared, rules.disagreement
         ),
@@ -226,17 +235,17 @@ def _latency(new: Record, old: Record | None, rules: Rules, promised_ms: float |
     return None
 
 
-def _confidence(new: Record, old: Record | None, rules: Rules) -> str | None:
-    if rules.confidence_psi is None or old is None or sum(old.confidence) < MIN_BASELINE or not sum(new.confidence):
+def _confidence(new: Record, rules: Rules) -> str | None:
+    pairs = sum(new.before)
+    if rules.confidence_psi is None or pairs < MIN_PAIRS:
         return None
-    if not rules.confidence_upward and _mean_bin(new.confidence) >= _mean_bin(old.confidence):
+    if not rules.confidence_upward and _mean_bin(new.confidence) >= _mean_bin(new.before):
         return None
-    value, chance = psi(old.confidence, new.confidence), psi_by_chance(old.confidence, new.confidence)
+    value, chance = psi(new.before, new.confidence), psi_by_chance(new.before, new.confidence)
     limit = max(rules.confidence_psi, chance)
     if value <= limit:
         return None
-    found = f"stability index {value:.2f} against the previous version over {sum(new.confidence)} answers"
-    return f"confidence: {found}, the limit is {limit:.2f}"
+    return f"confidence: stability index {value:.2f} against the previous version on {pairs} inputs, the limit is {limit:.2f}"
 
 
 def _mean_bin(histogram: Sequence[int]) -> float:

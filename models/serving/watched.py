@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
 from models.contract import is_finite
 from models.errors import DeadlineExceeded, EngineFailure
+from models.manifest import confidence_of
 from models.serving.loaded import Loaded
 from models.serving.predictor import InferRequest, InferResponse, Predictor
 from models.serving.quality import BASELINE_ANSWERS, Record
@@ -55,7 +58,7 @@ class Watched:
             raise
         record = self._quality.live.get(answer.model)
         if record is not None and record.version == answer.version and record.package == answer.package:
-            record.add(answer.timings["compute"], answer.confidence)
+            record.add(answer.timings["compute"])
             if record.answers > BASELINE_ANSWERS:
                 self._quality.age(record)
             if self._quality.newcomers:
@@ -103,6 +106,8 @@ class Shadow:
         self._under_way = False
         self._closed = False
         self._due = 0.0
+        self._of: Record | None = None
+        self._seen: set[bytes] = set()
 
     def offer(self, record: Record, request: InferRequest, answer: InferResponse, share: float) -> bool:
         """Compare this answer, unless one is being compared, it is too early, or others wait for a thread. Whether it is."""
@@ -118,13 +123,15 @@ class Shadow:
             return False
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="tierline-shadow", initializer=_give_way)
+        if self._of is not record:
+            self._of, self._seen = record, set()
         self._under_way = True
         previous.acquire()
         previous.in_threads += 1
         work = asyncio.get_running_loop().run_in_executor(
-            self._thread, _differs, previous, request.inputs, names, answer.outputs
+            self._thread, _compare, previous, request.inputs, names, answer.outputs, self._seen
         )
-        work.add_done_callback(lambda done: self._done(done, previous, record, now, share))
+        work.add_done_callback(lambda done: self._done(done, previous, record, answer.confidence, now, share))
         return True
 
     def close(self) -> None:
@@ -133,17 +140,25 @@ class Shadow:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _done(
-        self, work: asyncio.Future[bool | None], previous: Loaded, record: Record, began: float, share: float
+        self,
+        work: asyncio.Future[Compared | None],
+        previous: Loaded,
+        record: Record,
+        confidence: float | None,
+        began: float,
+        share: float,
     ) -> None:
         self._under_way = False
         now = self._clock()
         self._due = now + (now - began) / share
         previous.in_threads -= 1
         previous.release()
-        differs = None if work.cancelled() or work.exception() is not None else work.result()
-        if differs is not None:
+        found = None if work.cancelled() or work.exception() is not None else work.result()
+        if found is not None:
             record.compared += 1
-            record.differed += differs
+            record.differed += found.differs
+            if confidence is not None and found.confidence is not None:
+                record.pair(confidence, found.confidence)
 
 
 def comparable(previous: Loaded, outputs: Mapping[str, Array]) -> list[str]:
@@ -156,15 +171,31 @@ def comparable(previous: Loaded, outputs: Mapping[str, Array]) -> list[str]:
     return [name for name in names if outputs[name].dtype.kind in "iubO" or (rule is not None and rule.output == name)]
 
 
-def _differs(
-    previous: Loaded, inputs: Mapping[str, Array], names: list[str], outputs: Mapping[str, Array]
-) -> bool | None:
-    """In the shadow's thread: whether the previous version says something else; None when it cannot say."""
+class Compared(NamedTuple):
+    """`differs`: whether the previous version says something else; `confidence`: its own, in 0..1, None = it has none."""
+
+    differs: bool
+    confidence: float | None
+
+
+def _compare(
+    previous: Loaded, inputs: Mapping[str, Array], names: list[str], outputs: Mapping[str, Array], seen: set[bytes]
+) -> Compared | None:
+    """In the shadow's thread; None when it cannot say, or was asked this before: who repeats himself is one witness."""
+    digest = blake2b(digest_size=16)
+    for array in inputs.values():
+        # Objects (texts) have no bytes of their own worth hashing.
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+    if digest.digest() in seen:
+        return None
     try:
-        before = previous.session.run(inputs, names)
+        before = dict(zip(names, previous.session.run(inputs, names), strict=True))
     except Exception:  # noqa: BLE001 - inputs that only the new version takes, or a session that is closing
         return None
-    return any(not _agree(outputs[name], array) for name, array in zip(names, before, strict=True))
+    seen.add(digest.digest())
+    rule = previous.confidence
+    confidence = confidence_of(rule, before) if rule is not None and rule.output in before else None
+    return Compared(any(not _agree(outputs[name], array) for name, array in before.items()), confidence)
 
 
 def _agree(new: Array, old: Array) -> bool:

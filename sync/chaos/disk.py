@@ -55,9 +55,10 @@ class SmallDisk:
     def __init__(self, folder: Path, command: Sequence[str], size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
+        way = namespace()
         self._aside = Path(tempfile.mkdtemp(prefix="chaos-"))
         arguments = ["sh", "-c", _RUN, "sh", str(self._folder), str(self._aside), str(size), os.getcwd(), *command]
-        self.command = Command([*namespace(), *arguments])
+        self.command = Command([*way, *arguments])
 
     def __enter__(self) -> Self:
         self.command.start()

@@ -2,8 +2,8 @@
 `strace`), works out what a power cut may leave at every step (`crash_states.py`), and starts the real code on each such disk.
 
 What must hold for every state. Updater: what had been reported as applied, or something newer, is in force after the start,
-from files whose bytes are right, without any network; before the first report nothing or something good may be. Outbox: every event
-whose `put` returned and that the hub had not taken is there once, and the ledger balances.
+from files whose bytes are right, without any network; before the first report nothing or something good may be. Outbox:
+every event whose `put` returned and that the hub had not taken is there once, and the ledger balances.
 """
 
 from __future__ import annotations

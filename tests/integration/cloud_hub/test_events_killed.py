@@ -99,7 +99,7 @@ def test_kill_9_of_node_broker_and_hub_loses_nothing_and_applies_nothing_twice(
             kills: Counter[str] = Counter()
             for turn in range(KILLS):
                 time.sleep(chance.uniform(0.2, 0.5))
-                victim = "hub" if turn == KILLS // 2 else "broker" if turn % 4 == 1 else "node"
+                victim = "hub" if turn == KILLS // 2 else "broker" if turn % 5 == 2 else "node"
                 kills[victim] += 1
                 if victim == "node":
                     node.kill()

@@ -35,6 +35,7 @@ SIGNER = SigningKey.from_bytes(b"\1" * 32)
 RING = Keyring((SIGNER.key("desired", "policy", "settings"),))
 QUALITY = {"answers": 20, "watch_answers": 400, "shadow_answers": 20, "shadow_share": 1.0}
 IMAGE = np.array([[0.1, 0.9]], np.float32)
+RANDOM = np.random.default_rng(1)
 GOLDEN = np.array([[0.6, 0.8], [0.7, 0.9], [0.55, 0.95]], np.float32)
 HALF, SMALL, ONE = (np.array(value, np.float32) for value in (0.5, 0.3, 1.0))
 MANY = np.array([1_000_000, 1, 1], np.int64)
@@ -129,7 +130,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 async def ask(node: EdgeNode, count: int = 1) -> None:
     for _ in range(count):
-        await node.router.infer(InferRequest(model="two", inputs={"x": IMAGE}))
+        # No two alike: the same input again is no second witness.
+        image = IMAGE + RANDOM.uniform(-0.05, 0.05, IMAGE.shape).astype(np.float32)
+        await node.router.infer(InferRequest(model="two", inputs={"x": image}))
 
 
 async def until(node: EdgeNode, *states: str, asking: bool = False) -> Any:

@@ -14,8 +14,8 @@ from hub_in_memory import Bench, hub_bench
 
 @pytest.fixture(scope="session")
 def started_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub's folder as its first start leaves it: the migrations and 260 files of metadata, each flushed to the disk, cost more
-    than a test."""
+    """A hub's folder as its first start leaves it: the migrations and 260 files of metadata, each flushed to the disk, cost
+    more than a test."""
     folder = tmp_path_factory.mktemp("hub") / "hub"
 
     async def start() -> None:

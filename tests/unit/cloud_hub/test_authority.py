@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import ssl
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,55 @@ def test_servers_are_good_under_each_of_their_names(tmp_path: Path, name: str) -
     handshake(tmp_path, authority, authority.bundle().decode(), name)
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(tmp_path, authority, authority.bundle().decode(), "elsewhere.test")
+
+
+def test_two_calls_for_the_next_one_at_once_make_one(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path / "ca", NOW)
+    outcomes: list[object] = []
+
+    def add() -> None:
+        try:
+            outcomes.append(authority.add_next(NOW))
+        except Conflict:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == [2] + [None] * 5
+    assert open_authority(tmp_path / "ca", NOW).numbers == (1, 2)
+
+
+def test_a_key_that_everybody_may_use_is_refused(tmp_path: Path) -> None:
+    open_authority(tmp_path / "ca", NOW)
+    key = tmp_path / "ca" / "1" / "key.pem"
+    key.chmod(0o640)
+    open_authority(tmp_path / "ca", NOW)
+    key.chmod(0o644)
+    with pytest.raises(InvalidConfig, match="everybody"):
+        open_authority(tmp_path / "ca", NOW)
+    with pytest.raises(InvalidConfig, match="everybody"):
+        open_authority(tmp_path / "none", NOW, (tmp_path / "ca" / "1" / "cert.pem", key))
+
+
+@pytest.mark.parametrize(("name", "content"), [("issuing", b""), ("issuing", b"x"), ("2/cross.pem", b"")])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    open_authority(tmp_path / "ca", NOW).add_next(NOW)
+    (tmp_path / "ca" / name).write_bytes(content)
+    with pytest.raises(InvalidConfig, match=name):
+        open_authority(tmp_path / "ca", NOW)
+
+
+def test_a_revocation_list_is_signed_again_only_when_it_changes(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path / "ca", NOW)
+    first = authority.revocation_list([(1, "aa", NOW)], NOW)
+    assert authority.revocation_list([(1, "aa", NOW)], NOW + 5) is first
+    assert authority.revocation_list([], NOW) != first
+    assert authority.revocation_list([(1, "aa", NOW)], NOW + 5) != first
+    authority.add_next(NOW)
+    assert authority.revocation_list([(1, "aa", NOW)], NOW).count(b"BEGIN") == 2
 
 
 @pytest.mark.parametrize("name", ["_hub-1", "_hub-1.x", "hub", "a.b.c", "A.b"])
@@ -188,3 +239,31 @@ def test_the_hubs_own_certificate_changes_with_its_names_its_age_and_its_authori
     authority.add_next(clock.wall())
     authority.switch(clock.wall(), force=True)
     assert refresh("10.0.0.1", "hub.example.org")
+
+
+def test_the_zone_of_an_address_goes_into_no_certificate(tmp_path: Path) -> None:
+    own = HubCertificates(tmp_path / "tls", open_authority(tmp_path / "ca", NOW), ("fe80::1%eth0",), FakeClock(NOW))
+    with pytest.raises(InvalidConfig, match="zone"):
+        own.refresh()
+
+
+async def test_nothing_ends_the_loop_that_keeps_the_hubs_certificates_young(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(NOW)
+    own = HubCertificates(tmp_path / "tls", open_authority(tmp_path / "ca", NOW), (), clock)
+    tries: list[float] = []
+
+    async def at_once(work: Callable[[], None]) -> None:
+        tries.append(clock.wall())
+        raise OverflowError("date value out of range")
+
+    monkeypatch.setattr("cloud_hub.certificates.asyncio.to_thread", at_once)
+    task = asyncio.create_task(own.keep_fresh())
+    for _ in range(3):
+        await asyncio.sleep(0)
+        clock.advance(7200)
+        await asyncio.sleep(0)
+    assert len(tries) >= 2
+    assert not task.done()
+    task.cancel()

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_pri
 from hub_in_memory import Bench
 
 from cloud_hub.authority import NODE_SECONDS
+from cloud_hub.enrolment import MAX_CERTIFICATES
 from cloud_hub.gate import MAX_OPEN_CALLS
 from cloud_hub.kick import WHEN, Kicker
 from sync.credentials import Identity, new_key, request, write_pair
@@ -97,6 +98,65 @@ async def test_a_token_ends_after_a_day_and_a_newer_one_ends_it(bench: Bench) ->
     await enrol(bench, second)
 
 
+async def test_whoever_used_a_token_may_ask_again_with_the_same_key_because_answers_are_lost(bench: Bench) -> None:
+    token = await invite(bench)
+    key, _ = await enrol(bench, token)
+    _, again = await enrol(bench, token, key=key)
+    assert again["node"] == NODE
+    await enrol(bench, token, 401)
+    await bench.call("POST", f"/api/v1/nodes/{NODE}/revoke", 200, json={})
+    await enrol(bench, token, 401, key=key)
+
+
+async def test_a_token_that_was_used_is_too_old_for_its_own_key_too(bench: Bench) -> None:
+    token = await invite(bench)
+    key, _ = await enrol(bench, token)
+    bench.clock.advance(DAY + 1)
+    await enrol(bench, token, 401, key=key)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_revoking_an_id_ends_the_token_that_waits_for_it(bench: Bench, known: bool) -> None:
+    if known:
+        await bench.add_node(NODE)
+    astray = await invite(bench)
+    await bench.call("POST", f"/api/v1/nodes/{NODE}/revoke", 200, json={"reason": "token went astray"})
+    await enrol(bench, astray, 401)
+    assert [entry["id"] for entry in await bench.call("GET", "/api/v1/denied", 200)] == [NODE]
+
+
+async def test_a_node_that_comes_back_by_a_token_for_its_id_alone_runs_what_it_ran(bench: Bench) -> None:
+    await bench.publish()
+    await bench.deploy("d", {"digits": "digits-cnn/1"}, site="a")
+    await enrol(bench, await invite(bench, labels={"site": "a"}, groups=["line-1"]))
+    before = await bench.call("GET", f"/api/v1/nodes/{NODE}", 200)
+    await bench.call("POST", f"/api/v1/nodes/{NODE}/revoke", 200, json={})
+    _, answer = await enrol(bench, await invite(bench))
+    after = await bench.call("GET", f"/api/v1/nodes/{NODE}", 200)
+    assert after["desired"] == before["desired"] == {"digits": "digits-cnn/1"}
+    assert (answer["labels"], answer["groups"]) == ({"site": "a"}, ["line-1"])
+
+
+async def test_what_an_invitation_says_of_a_known_node_is_so_for_the_hub_too(bench: Bench) -> None:
+    await enrol(bench, await invite(bench, labels={"site": "a"}, groups=["line-1"]))
+    await bench.call("POST", f"/api/v1/nodes/{NODE}/revoke", 200, json={})
+    _, answer = await enrol(bench, await invite(bench, labels={"site": "b"}, groups=["line-2"]))
+    known = await bench.call("GET", f"/api/v1/nodes/{NODE}", 200)
+    assert known["labels"] == answer["labels"] == {"site": "b"}
+    assert known["groups"] == answer["groups"] == ["line-2"]
+
+
+async def test_a_node_that_renews_without_end_does_not_fill_the_revocation_list(bench: Bench) -> None:
+    key, _ = await enrol(bench, await invite(bench))
+    for _ in range(MAX_CERTIFICATES - 1):
+        await renewed(bench, key)
+    await renewed(bench, key, 503)
+    with bench.hub.storage.read() as records:
+        assert len(records.identities.ended_alive(bench.clock.wall())) < MAX_CERTIFICATES
+    bench.clock.advance(3601)
+    await renewed(bench, key)
+
+
 async def test_a_token_bound_to_a_machine_is_of_no_use_elsewhere(bench: Bench) -> None:
     token = await invite(bench, hardware="SN-1")
     for shown in ({}, {"hardware": "SN-2"}):
@@ -158,7 +218,8 @@ async def test_an_answer_that_is_lost_costs_nothing_and_keys_before_it_end(bench
     second, _ = await renewed(bench, first)
     await renewed(bench, lost, 401)
     third, _ = await renewed(bench, second)
-    await renewed(bench, first, 401)
+    _, answer = await renewed(bench, first, 401)
+    assert "copy" in answer["error"], "two machines have the key"
     await renewed(bench, third)
 
 
@@ -323,6 +384,16 @@ async def test_a_connection_is_taken_when_the_broker_knows_and_else_at_fixed_tim
     assert taken[-1] == "c.d"
     assert WHEN[-1] + 8 < 60
     task.cancel()
+
+
+async def test_a_list_that_was_read_before_a_revocation_does_not_say_that_the_broker_knows_of_it(bench: Bench) -> None:
+    await enrol(bench, await invite(bench))
+    bench.hub.kicker._kick = lambda node: asyncio.sleep(0)
+    bench.hub.kicker.add(NODE)
+    due = dict(bench.hub.kicker._due)
+    have = (await bench.call("GET", "/api/v1/broker/access", 200))["version"]
+    await bench.call("GET", f"/api/v1/broker/access?have={have}", 200)
+    assert bench.hub.kicker._due == due
 
 
 async def test_a_broker_out_of_reach_is_tried_until_it_is_there() -> None:

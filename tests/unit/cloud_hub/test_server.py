@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from cloud_hub.server import HubOptions, running_hub
+from cloud_hub.server import HubOptions, _public, running_hub
+from sync.channel import broker_address
 from sync.errors import InvalidConfig
 
 
@@ -22,3 +25,11 @@ async def test_a_second_hub_on_one_data_folder_is_refused_and_the_first_goes_on(
         assert (options.data / "hub.json").exists()
     async with running_hub(options):
         assert (options.data / "hub.json").exists()
+
+
+def test_addresses_of_ipv6_are_told_so_that_nodes_can_read_them() -> None:
+    options = HubOptions(data=Path(), names=("[fd00::1]", "fd00::2", "hub.test"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        public = _public(options, listener)
+    assert [broker_address(url).host for url in public.brokers] == ["fd00::1", "fd00::2", "hub.test"]
+    assert [urlsplit(url).hostname for url in public.sources] == ["fd00::1", "fd00::2", "hub.test"]

@@ -47,6 +47,9 @@ async def test_the_same_settings_again_keep_their_revision(bench) -> None:
         ({"windows": [{"start": "25:00", "minutes": 1}]}, "windows[0].start"),
         ({"quality": {"error_share": 7}}, "quality.error_share"),
         ({"bandwith": 50_000}, "bandwith"),
+        ({"windows": [{"start": "22:00", "minutes": 60, "day": ["sat"]}]}, "windows[0].day: no such setting"),
+        ({"deadlines": {"prepairing": 60}}, "deadlines.prepairing: no such setting"),
+        ({"quality": {"shadw": False}}, "quality.shadw: no such setting"),
         ([], "settings"),
     ],
 )

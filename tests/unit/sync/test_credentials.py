@@ -302,3 +302,53 @@ def test_an_identity_of_another_node_is_refused(identity: Identity, tmp_path: Pa
     )
     with pytest.raises(InvalidConfig, match=r"that of acme\.edge-1"):
         membership.credentials()
+
+
+async def test_a_clock_that_is_days_ahead_does_not_renew_without_a_pause(
+    identity: Identity, clock: FakeClock, hub: FakeHub
+) -> None:
+    hub.clock = FakeClock(clock.wall())
+    clock.advance(3 * DAY)  # so that each new certificate looks three days old
+    renewal = Renewal(identity, "https://hub", clock)
+    task = asyncio.create_task(renewal.run())
+    await passing(clock, 6 * 3600, 60)
+    assert 1 <= renewal.renewed <= 6
+    task.cancel()
+
+
+async def test_a_clock_that_is_set_back_after_a_failure_does_not_put_renewal_off(
+    identity: Identity, clock: FakeClock, hub: FakeHub
+) -> None:
+    clock._wall += 365 * DAY
+    hub.down = True
+    renewal = Renewal(identity, "https://hub", clock)
+    task = asyncio.create_task(renewal.run())
+    await passing(clock, 600, 60)
+    assert hub.asked
+    clock._wall -= 365 * DAY
+    hub.down = False
+    await passing(clock, 4 * DAY, 900)
+    assert renewal.renewed >= 1
+    task.cancel()
+
+
+def test_a_pair_that_came_into_use_meanwhile_is_never_deleted(
+    identity: Identity, clock: FakeClock, tmp_path: Path
+) -> None:
+    """A renewal under way outlives its node; the node that was started again read the pair before."""
+    again = Identity(tmp_path / "identity", clock)
+    renew_into(identity, clock)
+    for _ in range(3):
+        again.link_context()
+        assert again._shown == again.pair.folder
+    again.connected()
+    assert Identity(tmp_path / "identity", clock).pair.folder == identity.pair.folder
+
+
+@pytest.mark.parametrize(
+    "url", ["mqtt://u:geheim@h", "mqtts://u:geheim@h:x", "http://u:geheim@h", "mqtt://u:a@geheim@h"]
+)
+def test_a_password_in_a_brokers_address_is_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        broker_address(url)
+    assert "geheim" not in str(caught.value)

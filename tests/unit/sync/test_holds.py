@@ -88,3 +88,14 @@ async def test_a_clock_that_jumped_back_does_not_make_a_kept_hold_longer_than_th
     after.restore()
     assert after.all()[0].until - earlier.monotonic() == pytest.approx(100)
     state.close()
+
+
+async def test_kept_holds_that_ended_by_themselves_do_not_pile_up(clock: FakeClock, tmp_path: Path) -> None:
+    state = StateStore(tmp_path / "state.db")
+    holds = Holds(clock, lambda: 100.0, state)
+    for _ in range(20):
+        made = holds.hold("every minute", 10)
+        await holds.keep(made)
+        clock.advance(60)
+    assert [name for name, _, _ in state.holds()] == [made.id]
+    state.close()

@@ -6,17 +6,23 @@ import numpy as np
 import pytest
 
 from models.errors import InvalidRequest
-from models.serving.quality import MIN_BASELINE, Record, Rules, fault, psi, psi_by_chance, read_rules, surely_above
+from models.serving.quality import MIN_PAIRS, Record, Rules, fault, psi, psi_by_chance, read_rules, surely_above
 
 RULES = Rules()
 
 
-def record(version: str = "1", *, seconds: float = 0.001, confidences=(), answers: int = 0, seed: int = 0) -> Record:
+def record(version: str = "1", *, seconds: float = 0.001, answers: int = 0, seed: int = 0) -> Record:
     made, rng = Record("digits-cnn", version), np.random.default_rng(seed)
-    for confidence in confidences:
-        made.add(seconds * float(rng.uniform(0.9, 1.1)), float(confidence))
     for _ in range(answers):
-        made.add(seconds * float(rng.uniform(0.9, 1.1)), None)
+        made.add(seconds * float(rng.uniform(0.9, 1.1)))
+    return made
+
+
+def paired(own: np.ndarray, before: np.ndarray) -> Record:
+    """Of confidences that two versions have on the same inputs."""
+    made = Record("digits-cnn", "2")
+    for mine, others in zip(own, before, strict=True):
+        made.pair(float(mine), float(others))
     return made
 
 
@@ -42,28 +48,26 @@ def test_the_stability_index_is_zero_for_the_same_and_as_published_for_a_known_p
 def test_samples_of_one_distribution_stay_below_what_chance_makes() -> None:
     above = 0
     for seed in range(300):
-        old, new = record(confidences=beta(8, 2, 400, seed)), record(confidences=beta(8, 2, 40, 1000 + seed))
-        above += psi(old.confidence, new.confidence) > psi_by_chance(old.confidence, new.confidence)
+        pairs = paired(beta(8, 2, 40, 1000 + seed), beta(8, 2, 40, seed))
+        above += psi(pairs.before, pairs.confidence) > psi_by_chance(pairs.before, pairs.confidence)
     assert above <= 3
 
 
-def test_a_fall_of_confidence_is_found_within_a_few_answers() -> None:
-    old = record(confidences=beta(30, 1, 1000, 1))
-    found = fault(record("2", confidences=beta(2, 4, 20, 2)), old, RULES)
+def test_a_fall_of_confidence_is_found_within_a_few_inputs() -> None:
+    found = fault(paired(beta(2, 4, 20, 2), beta(30, 1, 20, 1)), None, RULES)
     assert found is not None
     assert found.startswith("confidence: stability index ")
-    assert "over 20 answers, the limit is " in found
+    assert "on 20 inputs, the limit is " in found
 
 
 def test_a_rise_of_confidence_counts_only_when_asked_for() -> None:
-    old, new = record(confidences=beta(2, 4, 1000, 1)), record("2", confidences=beta(30, 1, 100, 2))
-    assert fault(new, old, RULES) is None
-    assert fault(new, old, Rules(confidence_upward=True)) is not None
+    risen = paired(beta(30, 1, 100, 2), beta(2, 4, 100, 1))
+    assert fault(risen, None, RULES) is None
+    assert fault(risen, None, Rules(confidence_upward=True)) is not None
 
 
-def test_a_confidence_is_not_compared_with_a_handful() -> None:
-    old = record(confidences=beta(30, 1, MIN_BASELINE - 1, 1))
-    assert fault(record("2", confidences=beta(2, 4, 100, 2)), old, RULES) is None
+def test_confidences_on_a_handful_of_inputs_say_nothing() -> None:
+    assert fault(paired(beta(2, 4, MIN_PAIRS - 1, 2), beta(30, 1, MIN_PAIRS - 1, 1)), None, RULES) is None
 
 
 def test_a_version_that_is_slower_is_found_out_and_one_that_is_as_fast_is_not() -> None:
@@ -79,7 +83,7 @@ def test_a_version_that_is_slower_is_found_out_and_one_that_is_as_fast_is_not() 
 def test_a_few_slow_runs_of_a_busy_machine_condemn_nobody() -> None:
     old, new = record(answers=500, seconds=0.005), record("2", answers=97, seconds=0.005)
     for _ in range(3):
-        new.add(0.5, None)
+        new.add(0.5)
     assert fault(new, old, RULES) is None
 
 
@@ -131,7 +135,7 @@ def test_old_traffic_weighs_ever_less() -> None:
 def test_a_percentile_is_at_most_one_bin_above_the_truth() -> None:
     made, values = Record("m", "1"), np.random.default_rng(5).lognormal(-6, 1, 5000)
     for value in values:
-        made.add(float(value), None)
+        made.add(float(value))
     truth = float(np.percentile(values, 95))
     assert truth <= made.p95() <= truth * 2**0.5
 

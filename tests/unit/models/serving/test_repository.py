@@ -354,6 +354,7 @@ async def test_only_what_the_last_commit_changed_is_judged(
     await activate(repository, old=old)
     for _ in range(10):
         repository.lookup("old", None).failed()
+    repository.settled()
     await activate(repository, old=old, new=new)
     assert repository.verdict() == "undecided"
     for _ in range(20):
