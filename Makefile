@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-peers backend fuzz soak mutants messages fleet powercut kills offline renewals metadata upgrade delta strace faketime stubs zoo clean mosquitto redis h2load
+.PHONY: demo test check bench bench-peers bench-update backend fuzz soak mutants messages fleet powercut kills offline renewals metadata upgrade delta strace faketime stubs zoo clean mosquitto redis h2load
 
 demo: $(VENV)/.demo            ## three tiers on this machine, watched end to end
 	@$(BIN)/tierline demo $(ARGS)
@@ -22,6 +22,9 @@ bench: $(VENV)/.bench $(VENV)/.test h2load  ## held against the budgets, beside 
 
 bench-peers: $(VENV)/.bench $(VENV)/.test h2load  ## other model servers, each in its own environment (about 15 minutes)
 	$(BIN)/python tests/bench/rivals.py --venvs build/peers $(ARGS)
+
+bench-update: $(VENV)/.bench $(VENV)/.test mosquitto h2load  ## an edge node's p99 while the hub has it take 100 MB
+	$(BIN)/python tests/bench/update.py $(ARGS)
 
 backend: $(VENV)/.test         ## ONNX's own test cases through a running server
 	$(BIN)/python tests/proofs/backend.py $(ARGS)
