@@ -27,7 +27,6 @@ from models.errors import InvalidRequest, NotFound, NotReady
 from models.serving.local import Local
 from models.serving.policy_book import PolicyBook
 from models.serving.predictor import InferRequest, Predictor
-from models.serving.quality import Rules
 from models.serving.quality_watch import QualityWatch
 from models.serving.remote import Remote
 from models.serving.repository import Repository
@@ -87,8 +86,7 @@ class Agent:
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config
         engines = available_engines()
-        # Two versions in memory at once are the application's to allow, in its settings.
-        quality = QualityWatch(config.node.data / "quality.json", Rules(shadow=False))
+        quality = QualityWatch(config.node.data / "quality.json")
         repository = Repository(engines=engines, verdicts=config.node.data / "verdicts", quality=quality)
         stack.push_async_callback(repository.close)
         local = Local(repository, TIER, threads=config.threads)

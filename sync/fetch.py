@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -47,6 +48,9 @@ MAX_PARALLEL = 2
 """Files at once: a node's uplink is rarely faster with more."""
 
 log = logging.getLogger(__name__)
+
+NICENESS = 15
+"""Of a transfer's thread: behind those that run models (10), which wait for no update."""
 
 T = TypeVar("T")
 
@@ -293,6 +297,7 @@ def _start(work: Callable[[], T]) -> asyncio.Future[T]:
     outcome.set_running_or_notify_cancel()
 
     def run() -> None:
+        _give_way()
         try:
             outcome.set_result(work())
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits for it
@@ -304,3 +309,9 @@ def _start(work: Callable[[], T]) -> asyncio.Future[T]:
     except RuntimeError as error:
         raise Unavailable(f"no thread for a transfer: {error}") from error
     return future
+
+
+def _give_way() -> None:
+    """Hashing 100 MB must cost no request anything. On Linux a thread has a nice value of its own."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICENESS)

@@ -4,9 +4,10 @@
           -> [active on the disk] -> commit -> probation -> applied
 
 `sync.states` is the table of what may follow what. Each state is on the disk before it is entered, so a node that was killed
-goes on in it. Starting up and rolling back are preparing a stored document again, without any network. The stored state is
-changed before the running one, so a power cut at any step leaves the old version or the new one, and both were verified.
-What the body means is the activator's business: trust looks at signature, scope, revision and digests only.
+goes on in it; a document that names no files takes all its steps at once, recorded once. Starting up and rolling back are
+preparing a stored document again, without any network. The stored state is changed before the running one, so a power cut at
+any step leaves the old version or the new one, and both were verified. What the body means is the activator's business: trust
+looks at signature, scope, revision and digests only. What arrives is in `sync.admission`, what is told in `sync.journal`.
 """
 
 from __future__ import annotations
@@ -14,35 +15,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sync.activation import Activator, InForce, Offer, Probation, reopen
+from sync.admission import Admission
 from sync.clock import Clock
 from sync.deadline import within
-from sync.errors import Refused, Rejected, Replayed, StoreFailed, SyncError
+from sync.errors import Refused, Rejected, StoreFailed, SyncError
 from sync.failpoints import reach
 from sync.fetch import Fetcher
 from sync.gate import Gate, Obstacle
+from sync.journal import Journal
 from sync.messages import DocumentReport
 from sync.packages import Packages
 from sync.settings import Settings
 from sync.state import Progress, StateStore
-from sync.states import DEADLINES, RESUMED, STATES, UNDER_WAY, step
+from sync.states import DEADLINES, RESUMED, STATES, UNDER_WAY
 from sync.store import BlobStore
-from sync.trust import Verified, signer_of, unseal, verify
+from sync.trust import unseal
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for the worker, which may be inside an activator."""
 RETRY_SECONDS = 1.0
 """Pause before a failed update is tried again; doubled each time, jittered, without end: the document stays wanted."""
 MAX_RETRY_SECONDS = 60.0
-MAX_ERROR_TEXT = 1_000
-"""Characters of a reason that travel in a report: an engine's message may quote a whole model."""
-MAX_OFFERS = 8
-"""Offers that may wait to be verified; more arrive only from a broken or hostile sender, and the oldest go first."""
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +71,23 @@ class Updater:
     ) -> None:
         self.kind = kind
         self.scope = scope
-        self.refusals: Counter[str] = Counter()
         self._disk = state
         self._packages = packages
         self._fetcher = fetcher
         self._store = store
         self._clock = clock
-        self._on_report = on_report
         self._fixed_probation = probation
         self._settings = settings
         self._gate = gate
         self._point_of_no_return = asyncio.Lock()
+        self._journal = Journal(
+            kind,
+            scope,
+            state=state,
+            clock=clock,
+            on_report=on_report,
+            current=lambda: self._in_force.current,
+        )
         self._in_force = InForce(
             kind,
             scope,
@@ -94,38 +97,20 @@ class Updater:
             clock=clock,
             capabilities=capabilities,
             probation=self._probation,
-            tell=self._heard,
+            tell=self._journal.heard,
             deadline=self._deadline,
             no_return=self._point_of_no_return,
         )
-        self._seen = state.floor(kind, scope).revision
-        self._progress = state.progress(kind, scope) or Progress("idle")
-        self._aside: str | None = None
+        self._admission = Admission(kind, scope, packages=packages, state=state, clock=clock)
+        self.refusals = self._admission.refusals
         self._rejected = ("", "")
-        self._last_refusal = ""
-        self._entering = asyncio.Lock()
-        self._offers: deque[bytes] = deque(maxlen=MAX_OFFERS)
-        self._offered = asyncio.Event()
-        self._unjudged: deque[bytes] = deque(maxlen=MAX_OFFERS)
-        self._keys_came = False
         self._resume: Offer | None = None
-        self._held_since: float | None = None
         self._running: Offer | None = None
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def report(self) -> DocumentReport:
-        progress, active = self._progress, self._in_force.current
-        return DocumentReport(
-            revision=max(self._seen, progress.revision),
-            applied=0 if active is None else active.document.revision,
-            state=progress.state if self._aside is None else "refused",
-            digest="" if active is None else active.verified.digest,
-            error=progress.error if self._aside is None else self._aside[:MAX_ERROR_TEXT],
-            at=progress.since,
-            detail=progress.detail,
-            attempts=progress.attempts,
-        )
+        return self._journal.report
 
     def needed(self) -> frozenset[str]:
         """Every digest that a stored document names: what must stay in the store."""
@@ -135,42 +120,20 @@ class Updater:
 
     def offer(self, envelope: bytes) -> None:
         """Hand over bytes from the network. Never raises, never blocks; the newest good one wins."""
-        self._offers.append(envelope)
-        self._offered.set()
+        self._admission.offer(envelope)
 
     async def start(self) -> None:
         """Put the stored document in force, without network, then begin to work on offers."""
-        await self._pick_up()
+        await self._journal.pick_up()
         await self._in_force.start()
         candidate = (await asyncio.to_thread(self._disk.slots, self.kind, self.scope)).candidate
         self._resume = None if candidate is None else reopen(candidate)
         if self._resume is not None and self._is_current(self._resume.verified.digest):
             self._resume = None
-        if self._progress.state != "idle":
-            self._say()
-        self._packages.watch(self._look_again)
+        if self._journal.progress.state != "idle":
+            self._journal.say()
+        self._packages.watch(self._admission.look_again)
         self._worker = asyncio.create_task(self._work(), name=f"updater {self.kind}")
-
-    async def _pick_up(self) -> None:
-        """Make what the disk says of the newest document agree with what it says of the stored ones."""
-        slots = await asyncio.to_thread(self._disk.slots, self.kind, self.scope)
-        condemned, reason = self._disk.condemned(self.kind, self.scope)
-        progress = self._progress
-        if progress.digest and progress.digest == condemned and progress.state != "rolled_back":
-            await self._enter("bad", reason)
-        if slots.active is None:
-            active = None
-        else:
-            active = reopen(slots.active)
-            if progress.state == "idle":
-                self._progress = replace(progress, digest=active.verified.digest, revision=active.document.revision)
-        in_force = active is not None and active.verified.digest == progress.digest
-        if progress.state == "committing" and not in_force:
-            await self._enter("resumed")
-        if progress.state == "held":
-            # Holding went on while nobody counted.
-            held = progress.held + max(0.0, self._clock.wall() - progress.since)
-            self._progress = replace(progress, held=held)
 
     async def close(self) -> None:
         """Stop. A commit under way is finished first; leaving in good order is no crash of the version."""
@@ -193,27 +156,15 @@ class Updater:
             except Exception as error:
                 # Last resort: the worker outlives every mistake of ours.
                 log.exception("the %s updater failed", self.kind)
-                await self._mistake(error)
+                await self._journal.mistake(error)
                 offer = None
 
     async def _next_offer(self) -> bytes:
         await self._watch()
-        while (envelope := self._pop()) is None:
+        while (envelope := self._admission.pop()) is None:
             await self._wait()
             await self._watch()
         return envelope
-
-    def _look_again(self) -> None:
-        """There may be keys for what could not be judged."""
-        if self._unjudged:
-            self._keys_came = True
-            self._offered.set()
-
-    def _pop(self) -> bytes | None:
-        """The next to be looked at: what came just now, else the newest of what came before its keys."""
-        if self._offers:
-            return self._offers.popleft()
-        return self._unjudged.pop() if self._keys_came and self._unjudged else None
 
     async def _carry_out(self, offer: Offer) -> Offer | None:
         """Update until done, or until a newer document takes its place, which is returned."""
@@ -224,7 +175,7 @@ class Updater:
             while not update.done() and newer is None:
                 await self._wait(update)
                 await self._watch()
-                if (envelope := self._pop()) is not None:
+                if (envelope := self._admission.pop()) is not None:
                     newer = await self._admit(envelope)
         finally:
             async with self._point_of_no_return:
@@ -232,20 +183,18 @@ class Updater:
             await asyncio.wait({update}, timeout=CLOSE_SECONDS)
             if not update.done():
                 log.error("the update to revision %d does not end and is left alone", offer.document.revision)
-            if self._progress.state == "committing":
+            if self._journal.progress.state == "committing":
                 # It failed, and was taken off before it could say so.
-                await self._enter(
-                    "failed", f"unavailable: revision {offer.document.revision} could not be put in force"
-                )
+                why = f"unavailable: revision {offer.document.revision} could not be put in force"
+                await self._journal.enter("failed", why)
             self._running = None
         return newer
 
     async def _wait(self, *others: asyncio.Task[None]) -> None:
         """Until an offer comes, one of `others` ends, or the verdict is to be looked at."""
-        if self._offers or (self._keys_came and self._unjudged):
+        if self._admission.waits:
             return
-        self._offered.clear()
-        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._offered.wait())]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._admission.arrival())]
         if self._in_force.watching:
             pause = max(0.0, self._in_force.judge_at - self._clock.monotonic())
             waits.append(asyncio.ensure_future(self._clock.sleep(pause)))
@@ -265,32 +214,31 @@ class Updater:
     @property
     def _busy(self) -> bool:
         """The report tells of something under way, which an offer that is refused must not hide."""
-        state = self._progress.state
+        state = self._journal.progress.state
         return state in UNDER_WAY or (state == "failed" and self._running is not None)
 
     # --- deciding about an offer --------------------------------------------------------------------------------
 
     async def _admit(self, envelope: bytes) -> Offer | None:
         """The offer, when there is something to do about it."""
+        under_way = None if self._running is None else self._running.verified
         try:
-            offer = Offer(await self._verify(envelope), envelope)
+            offer = Offer(await self._admission.verify(envelope, under_way), envelope)
         except SyncError as error:
-            self._count(error)
+            self._admission.count(error)
             # Bytes that nobody vouches for are told of, and never make this node write to its disk.
-            self._aside = None if self._busy else f"{error.code}: {error}"
-            self._say()
+            self._journal.put_aside(None if self._busy else f"{error.code}: {error}")
             return None
-        self._unjudged.clear()  # what came before it and was never verified is older, or will be sent again
         digest = offer.verified.digest
         if self._running is not None and self._busy and digest == self._running.verified.digest:
-            self._say()
+            self._journal.say()
         elif self._is_current(digest):
             await self._again(offer)
         elif digest == self._disk.condemned(self.kind, self.scope)[0]:
             reason = self._disk.condemned(self.kind, self.scope)[1]
-            await self._enter("bad", reason, offer)
+            await self._journal.enter("bad", reason, offer)
         elif digest == self._rejected[0]:
-            await self._enter("refused", self._rejected[1], offer)
+            await self._journal.enter("refused", self._rejected[1], offer)
         else:
             return offer
         return None
@@ -301,46 +249,10 @@ class Updater:
 
     async def _again(self, offer: Offer) -> None:
         """What is in force was offered once more."""
-        self._aside = None
-        if self._progress.digest == offer.verified.digest:
-            self._say()
+        if self._journal.progress.digest == offer.verified.digest:
+            self._journal.put_aside(None)
         else:
-            await self._enter("watched" if self._in_force.on_probation else "good", None, offer)
-
-    async def _verify(self, envelope: bytes) -> Verified:
-        kid = signer_of(envelope)
-        try:
-            keyring = await self._packages.keyring(kid)
-        except SyncError:
-            if envelope in self._unjudged:
-                self._unjudged.remove(envelope)
-            self._unjudged.append(envelope)
-            self._keys_came = False
-            raise
-        floor = self._disk.floor(self.kind, self.scope)
-        running = self._running
-        now = max(self._clock.wall(), self._disk.time_floor())
-        verified = verify(
-            envelope,
-            keyring,
-            kind=self.kind,
-            scope=self.scope,
-            floor=floor.revision,
-            seen=floor.digest,
-            now=now,
-        )
-        if running is not None and verified.digest != running.verified.digest:
-            revision, current = verified.document.revision, running.document.revision
-            if revision <= current:
-                raise Replayed(f"revision {revision} is not above {current}, which is under way")
-        return verified
-
-    def _count(self, error: SyncError) -> None:
-        self.refusals[error.code] += 1
-        text = f"{error.code}: {error}"
-        if text != self._last_refusal:
-            log.warning("%s document for %s refused: %s", self.kind, self.scope, text)
-        self._last_refusal = text
+            await self._journal.enter("watched" if self._in_force.on_probation else "good", None, offer)
 
     # --- carrying it out ----------------------------------------------------------------------------------------
 
@@ -359,20 +271,20 @@ class Updater:
                 return await self._give_up(offer, error)
             except SyncError as error:
                 if isinstance(error, Refused):
-                    self._count(error)
-                await self._enter("failed", f"{error.code}: {error}", offer)
+                    self._admission.count(error)
+                await self._journal.enter("failed", f"{error.code}: {error}", offer)
             except Exception as error:
                 log.exception("the update of %s failed", self.kind)
-                await self._mistake(error)
+                await self._journal.mistake(error)
             resumed = False
-            attempt = max(self._progress.attempts - 1, 0)
+            attempt = max(self._journal.progress.attempts - 1, 0)
             pause = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** min(attempt, 10))
             await self._clock.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
 
     def _can_go_on(self, offer: Offer) -> bool:
         """Whether a candidate is taken up in the state in which the last process left it."""
-        state = self._progress.state
-        if self._progress.digest != offer.verified.digest or state not in RESUMED:
+        state = self._journal.progress.state
+        if self._journal.progress.digest != offer.verified.digest or state not in RESUMED:
             return False
         return state == "fetching" or all(self._store.has(digest) for digest in self._planned(offer))
 
@@ -388,14 +300,14 @@ class Updater:
                 await asyncio.to_thread(self._disk.forget_candidate, self.kind, self.scope)
             except StoreFailed as failure:
                 log.warning("the refused candidate stays on the disk: %s", failure)
-        self._count(error)
-        await self._enter("refused", f"{error.code}: {error}", offer)
+        self._admission.count(error)
+        await self._journal.enter("refused", f"{error.code}: {error}", offer)
 
     async def _try(self, offer: Offer, *, resumed: bool) -> None:
         if not offer.document.digests and await self._at_once(offer):
             return
         if not resumed:
-            await self._enter("offered", None, offer)
+            await self._journal.enter("offered", None, offer)
         reach("updater.verified")
         document = offer.document
         if document.digests:
@@ -430,21 +342,21 @@ class Updater:
         token = await self._in_force.prepare(offer, {})
         reach("updater.prepared")
         taken = False
+
+        async def put(applied: Progress) -> None:
+            nonlocal taken
+            reach("updater.committing")
+            await asyncio.to_thread(
+                self._disk.activate, offer.verified, offer.envelope, self._clock.wall(), proved=applied
+            )
+            reach("updater.recorded")
+            await self._in_force.put(offer, token, event="", proved=True)
+            taken = True
+
         try:
             async with self._point_of_no_return:
                 if self._obstacle(offer) is None:
-                    async with self._entering:
-                        reach("updater.committing")
-                        now, digest = self._clock.wall(), offer.verified.digest
-                        attempts = self._progress.attempts if digest == self._progress.digest else 0
-                        applied = Progress("applied", offer.document.revision, digest, now, attempts)
-                        await asyncio.to_thread(
-                            self._disk.activate, offer.verified, offer.envelope, now, proved=applied
-                        )
-                        reach("updater.recorded")
-                        await self._in_force.put(offer, token, event="", proved=True)
-                        taken = True
-                        self._is_now(applied)
+                    await self._journal.at_once(offer, put)
                     reach("updater.committed")
                     await self._in_force.judge()
         finally:
@@ -456,10 +368,10 @@ class Updater:
         """Floor and candidate on the disk, every planned file in the store."""
         work = self._packages.require(offer.document.digests)
         sizes = await within(self._clock, self._deadline("verifying"), "verifying", work)
-        if self._progress.state == "verifying":
+        if self._journal.progress.state == "verifying":
             await asyncio.to_thread(self._disk.accept, offer.verified, offer.envelope, self._clock.wall())
             reach("updater.floor")
-            await self._enter("listed", None, offer)
+            await self._journal.enter("listed", None, offer)
         fetching = self._fetch(planned, sizes)
         await within(self._clock, self._deadline("fetching"), "fetching", fetching)
 
@@ -483,7 +395,7 @@ class Updater:
 
     async def _commit(self, offer: Offer, token: object) -> bool:
         """The point of no return: newer offers and `close` wait until it is passed, at most for its deadline."""
-        await self._enter("commit", None, offer)
+        await self._journal.enter("commit", None, offer)
         reach("updater.committing")
         now = self._clock.wall()
         await asyncio.to_thread(self._disk.activate, offer.verified, offer.envelope, now)
@@ -507,104 +419,24 @@ class Updater:
     def _obstacle(self, offer: Offer) -> Obstacle | None:
         if self._gate is None or (self._in_force.current is None and self._was_in_force(offer)):
             return None
-        held = self._progress.held
-        if self._held_since is not None:
-            held += self._clock.monotonic() - self._held_since
-        return self._gate.obstacle(offer.document.revision, held)
+        return self._gate.obstacle(offer.document.revision, self._journal.held)
 
     async def _pass_gate(self, offer: Offer, event: str | None = None) -> None:
         """Wait until nothing is in the way; then take the step `event`, if one is given and it is not taken yet."""
         try:
             while (obstacle := self._obstacle(offer)) is not None:
                 assert self._gate is not None
-                self._count_hold(obstacle.event == "hold")
-                await self._enter(obstacle.event, None, offer, detail=obstacle.reason)
+                self._journal.count_hold(obstacle.event == "hold")
+                await self._journal.enter(obstacle.event, None, offer, detail=obstacle.reason)
                 reach("updater.waiting")
                 await self._gate.changed(obstacle)
         finally:
-            self._count_hold(False)
-        if event is not None and not (event == "go" and self._progress.state == "preparing"):
-            await self._enter(event, None, offer)
-
-    def _count_hold(self, holding: bool) -> None:
-        now = self._clock.monotonic()
-        if self._held_since is not None:
-            self._progress = replace(self._progress, held=self._progress.held + now - self._held_since)
-        self._held_since = now if holding else None
+            self._journal.count_hold(False)
+        if event is not None and not (event == "go" and self._journal.progress.state == "preparing"):
+            await self._journal.enter(event, None, offer)
 
     def _deadline(self, state: str) -> float:
         return self._settings().deadlines.get(state, DEADLINES[state])
 
     def _probation(self) -> Probation:
         return self._fixed_probation or Probation(seconds=self._settings().probation_seconds)
-
-    # --- the table, the disk and the report -----------------------------------------------------------------------
-
-    async def _heard(self, event: str, error: str | None, offer: Offer, detail: str | None) -> None:
-        """A step of the version in force: of the newest document, or else only the report is refreshed."""
-        async with self._entering:
-            if offer.verified.digest == self._progress.digest:
-                await self._take(event, error, offer, detail)
-            else:
-                # It must not hide how far the next one has got.
-                self._say()
-
-    async def _enter(
-        self, event: str, error: str | None = None, offer: Offer | None = None, *, detail: str | None = None
-    ) -> None:
-        """Take one step of the table: on the disk, then here, then in the report. Raises ImpossibleStep, StoreFailed."""
-        async with self._entering:  # the version in force and the next one take theirs side by side
-            await self._take(event, error, offer, detail)
-
-    async def _take(self, event: str, error: str | None, offer: Offer | None, detail: str | None) -> None:
-        old = self._progress
-        state = step(old.state, event)
-        if (state, error, detail) == (old.state, old.error, old.detail) and event in ("hold", "window", "started"):
-            self._say()
-            return
-        digest, revision = (
-            (old.digest, old.revision) if offer is None else (offer.verified.digest, offer.document.revision)
-        )
-        same = digest == old.digest
-        new = Progress(
-            state,
-            revision,
-            digest,
-            old.since if same and state == old.state and event != "hold" else self._clock.wall(),
-            (old.attempts if same else 0) + (event == "failed"),
-            old.held if same else 0.0,
-            None if error is None else error[:MAX_ERROR_TEXT],
-            None if detail is None else detail[:MAX_ERROR_TEXT],
-        )
-        if new != old:  # what is sent again and again wears no disk
-            await self._record(new)
-        self._is_now(new)
-
-    def _is_now(self, progress: Progress) -> None:
-        self._progress, self._aside = progress, None
-        self._seen = max(self._seen, progress.revision)
-        self._say()
-
-    async def _record(self, progress: Progress) -> None:
-        """A disk that refuses stops what would begin; what is over is over."""
-        writing = asyncio.ensure_future(asyncio.to_thread(self._disk.record, self.kind, self.scope, progress))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # A write that comes late would overwrite what whoever takes our place has written.
-            await asyncio.wait({writing})
-            raise
-        except StoreFailed as error:
-            if progress.state in ("verifying", "fetching", "preparing", "committing"):
-                raise
-            log.warning("state %s of %s could not be recorded: %s", progress.state, self.kind, error)
-
-    async def _mistake(self, error: Exception) -> None:
-        """Never raises: what calls it is the last resort."""
-        try:
-            await self._enter("failed", f"error: {error}")
-        except Exception:
-            log.exception("the %s updater could not even say that it failed", self.kind)
-
-    def _say(self) -> None:
-        self._on_report(self.kind, self.report)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from models.engines import EngineOptions, available_engines
 from models.errors import NotFound, NotReady, Overloaded, PackageError, TierlineError
+from models.serving.aside import aside
 from models.serving.folder import (
     MEMORY_FACTOR,
     Loading,
@@ -50,7 +51,7 @@ def probing(verdicts: Verdicts) -> Probe:
     """`Probe` in a child process, for what `verdicts` does not know yet."""
 
     async def probe(versions: Sequence[VersionFolder]) -> Sequence[Verdict]:
-        asked = await asyncio.to_thread(lambda: [_request(version) for version in versions])
+        asked = await aside(lambda: [_request(version) for version in versions])
         judged = iter(await verdicts.judge([each for each in asked if isinstance(each, ProbeRequest)]))
         return [next(judged) if isinstance(each, ProbeRequest) else each for each in asked]
 
@@ -224,7 +225,7 @@ class FolderControl:
         def read() -> ModelFolder:
             return ModelFolder(find_model(self._folder, name), self._files)
 
-        found = await asyncio.to_thread(read)
+        found = await aside(read)
         self._stamps[name] = found.stamp
         return found
 
@@ -329,7 +330,7 @@ class FolderControl:
         while True:
             await asyncio.sleep(seconds)
             try:
-                latest = await asyncio.to_thread(look, self._folder)
+                latest = await aside(lambda: look(self._folder))
                 failed = False
             except (PackageError, OSError) as error:
                 # A file that vanished while it was looked at, or a disk that is away: what serves goes on serving.

@@ -59,7 +59,7 @@ def settled(updater: Updater) -> bool:
     report = updater.report
     if report.state == "failed":
         return "digest_mismatch" in (report.error or "")
-    return report.state in ("applied", "refused") and not updater._offers and updater._running is None
+    return report.state in ("applied", "refused") and not updater._admission.waits and updater._running is None
 
 
 async def main(folder: Path, url: str, envelope: bytes | None) -> None:

@@ -179,7 +179,7 @@ class Node:
 
     async def settle(self) -> None:
         """Until an offer has been looked at and nothing is left to do about it."""
-        await self.when(lambda: not self.updater._offers)
+        await self.when(lambda: not self.updater._admission.waits)
         for _ in range(50):
             await asyncio.sleep(0)
 

@@ -205,7 +205,7 @@ async def test_every_state_is_on_the_disk_before_it_is_entered(node) -> None:
         stored = node.state.progress(node.kind, node.scope)
         seen.append((report.state, stored.state))
 
-    node.updater._on_report = look
+    node.updater._journal._on_report = look
     await applied(node, node.package(b'"v1"'))
     node.activator.judgement = "undecided"
     node.holds.hold("robot in motion", 50)
