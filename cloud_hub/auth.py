@@ -14,10 +14,10 @@ from hashlib import pbkdf2_hmac, sha256
 from hmac import compare_digest
 from pathlib import Path
 
-from cloud_hub.files import write_whole
 from cloud_hub.node_tokens import claimed_node, is_genuine, looks_like_one
 from cloud_hub.storage import Storage
 from sync.clock import Clock, SystemClock
+from sync.durable import write_whole
 
 MAX_TOKEN_CHARS = 200
 """Ours have 47; a longer one is not hashed. Those that nodes sign themselves have their own bound."""

@@ -33,8 +33,8 @@ from cloud_hub.certificate_parts import (
 )
 from cloud_hub.certificate_requests import PublicKey, general_names
 from cloud_hub.errors import Conflict
-from cloud_hub.files import flush_folder, write_whole
 from models.errors import NotFound
+from sync.durable import flush, write_whole
 from sync.errors import InvalidConfig
 from sync.topics import check_node_id
 
@@ -166,7 +166,7 @@ class Authority:
             raise Conflict(f"authority {number} is still in use")
         # Kept on the disk: a certificate that turns up later can still be explained.
         (folder / str(number)).rename(folder / f"{number}.retired-{int(now)}")
-        flush_folder(folder)
+        flush(folder)
         self._signers = {each: signer for each, signer in self._signers.items() if each != number}
 
     def _own(self) -> Path:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from cloud_hub.certificate_parts import Signer, new_authority, new_key, pem, private_pem
-from cloud_hub.files import flush_folder, write_whole
+from sync.durable import flush, write_whole
 from sync.errors import InvalidConfig
 
 
@@ -31,7 +31,7 @@ def create(folder: Path, number: int, now: float, before: Signer | None) -> None
         cross = new_authority(name, key, before.cert.subject, before.key, before, now)
         write_whole(staged / "cross.pem", pem(cross), mode=0o644)
     os.rename(staged, folder / str(number))
-    flush_folder(folder)
+    flush(folder)
 
 
 def read(folder: Path, number: int) -> Signer:

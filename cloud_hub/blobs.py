@@ -7,7 +7,6 @@ digest has that digest.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
@@ -17,9 +16,9 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore
 
-from cloud_hub.files import flush_folder
 from models.errors import InvalidRequest, NotFound, TooLarge, TryAgain
 from models.manifest import MAX_VARIANT_BYTES
+from sync.durable import flush
 from sync.errors import Malformed
 from sync.trust import check_digest
 
@@ -66,9 +65,9 @@ class Blobs:
                 await obstore.put_async(self._store, staged, check.stream())
                 check.finish(digest)
                 created = await self.size(digest) is None
-                await asyncio.to_thread(_flush, self._root / staged)
+                await asyncio.to_thread(flush, self._root / staged)
                 await obstore.rename_async(self._store, staged, key)
-                await asyncio.to_thread(flush_folder, (self._root / key).parent)
+                await asyncio.to_thread(flush, (self._root / key).parent)
             except (BaseError, OSError) as error:
                 raise TryAgain(f"the blob store refused: {error}") from error
             finally:
@@ -125,11 +124,3 @@ def _key(digest: str) -> str:
         return check_digest(digest).replace(":", "/")
     except Malformed as error:
         raise InvalidRequest(str(error)) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from tuf.api.metadata import Metadata, Root
 
 from cloud_hub import tuf_metadata as tuf
 from cloud_hub import tuf_roots
-from cloud_hub.files import locked, write_whole
+from cloud_hub.files import locked
 from cloud_hub.keys import (
     DOCUMENTS,
     KEYRING_FILE,
@@ -32,6 +32,7 @@ from cloud_hub.keys import (
 )
 from cloud_hub.tuf_repository import Repository, first_root
 from sync.clock import Clock, SystemClock
+from sync.durable import write_whole
 from sync.errors import Malformed
 from sync.trust import Key, Keyring, decode_keyring
 

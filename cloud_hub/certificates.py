@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cloud_hub.authority import Authority, Certificate
 from cloud_hub.certificate_parts import new_key, private_pem
 from cloud_hub.certificate_requests import PublicKey, general_names
-from cloud_hub.files import write_whole
 from sync.clock import Clock
+from sync.durable import write_whole
 from sync.errors import InvalidConfig
 from sync.topics import HUB_USER
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_hub.files import write_whole
+from sync.durable import write_whole
 from sync.errors import Malformed
 from sync.trust import Key, Keyring, SigningKey, decode_keyring, encode_keyring
 

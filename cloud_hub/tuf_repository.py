@@ -9,7 +9,6 @@ or passed over at the next start. A versioned file is never written twice and a 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -20,10 +19,10 @@ from threading import RLock
 from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
 
 from cloud_hub import tuf_metadata as tuf
-from cloud_hub.files import flush_folder, write_whole
 from cloud_hub.keys import ROOT_KEYS, HubKeys, metadata_folder, root_path
 from models.errors import TryAgain
 from sync.clock import Clock
+from sync.durable import flush, write_new, write_whole
 from sync.errors import Malformed
 from sync.trust import SigningKey
 
@@ -261,7 +260,7 @@ class Repository:
         aside = path.parent / "damaged"
         aside.mkdir(exist_ok=True)
         path.rename(aside / f"{path.name}.{int(self._clock.wall())}")
-        flush_folder(path.parent)
+        flush(path.parent)
 
     # --- writing what is wanted ---------------------------------------------------------------------------------
 
@@ -382,10 +381,8 @@ class Repository:
         for name, data in files.items():
             path = self._folder / name
             part = path.with_name(f".{name}.new")
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            part.unlink(missing_ok=True)
+            write_new(part, data, mode=0o644)
             staged.append((part, path))
         for part, path in staged:
             if path.exists():
@@ -395,7 +392,7 @@ class Repository:
             assert match is not None
             self._highest[match[2]] = int(match[1])
         if staged:
-            flush_folder(self._folder)
+            flush(self._folder)
 
     def _prune(self, now: float) -> None:
         current = self._named()

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from deploy.processes import DeployError, Process, free_port, wait_until
 from sync.credentials import new_key, private_pem, request
+from sync.durable import write_whole
 from sync.topics import HUB_USER, access_list
 
 RECOMMENDED = (2, 0, 21)
@@ -95,7 +96,7 @@ class Broker:
         if self._accepts():
             raise DeployError(f"something else listens on port {self.port}")
         if not self.hub_password.exists():
-            _write_private(self.hub_password, secrets.token_urlsafe(32))
+            write_whole(self.hub_password, secrets.token_urlsafe(32).encode())
         if self._admitted is None:
             self.admit(f"{HUB_USER}:{_hash(self.hub_password.read_text())}\n", access_list(()))
         if self.secure is not None:
@@ -137,13 +138,13 @@ class Broker:
         if not isinstance(key, EllipticCurvePrivateKey):
             # None yet, or a damaged one: the certificate is asked for right after, so a new key costs nothing.
             key = new_key()
-            _write_private(path, private_pem(key).decode())
+            write_whole(path, private_pem(key))
         return request(key, "broker")
 
     def install(self, certificate: str, bundle: str) -> None:
         """Show this certificate from the next connection on, and trust nodes whose certificates lead to `bundle`."""
-        _write_private(self._folder / "server.crt", certificate)
-        _write_private(self._folder / "ca.pem", bundle)
+        write_whole(self._folder / "server.crt", certificate.encode())
+        write_whole(self._folder / "ca.pem", bundle.encode())
         self._reread()
 
     def admit(self, passwords: str, acl: str, revocations: str = "", version: str = "") -> None:
@@ -154,10 +155,10 @@ class Broker:
         told = (version,) if version else (passwords, acl, revocations)
         if told == self._admitted:
             return
-        _write_private(self._folder / "acl", acl)
-        _write_private(self._folder / "passwords", passwords)
+        write_whole(self._folder / "acl", acl.encode())
+        write_whole(self._folder / "passwords", passwords.encode())
         if revocations:
-            _write_private(self._folder / "revoked.pem", revocations)
+            write_whole(self._folder / "revoked.pem", revocations.encode())
         self._admitted = told
         self._reread()
 
@@ -273,12 +274,3 @@ def _hash(password: str) -> str:
     salt = os.urandom(12)
     derived = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, HASH_ROUNDS)
     return f"$7${HASH_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(derived).decode()}"
-
-
-def _write_private(path: Path, text: str) -> None:
-    staged = path.with_suffix(".tmp")
-    with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # renamed first and written later, a power cut would leave an empty one
-    staged.replace(path)

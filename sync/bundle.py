@@ -19,13 +19,13 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
+from sync.durable import disk, write_new
 from sync.errors import DigestMismatch, Malformed, StoreFailed
 from sync.messages import MAX_MESSAGE_BYTES
 from sync.trust import check_digest
@@ -99,7 +99,7 @@ def unpack(file: BinaryIO, folder: Path) -> Index:
     index: Index | None = None
     seen: set[str] = set()
     total = 0
-    with _disk(folder):
+    with disk(f"write {folder}"):
         for name in ("tuf", "documents", "blobs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     while (head := _next_head(file)) is not None:
@@ -114,7 +114,9 @@ def unpack(file: BinaryIO, folder: Path) -> Index:
         elif name.startswith("blobs/"):
             _take_blob(file, folder, name, size, index)
         else:
-            _write(folder / name, _read(file, size, name))
+            content = _read(file, size, name)
+            with disk(f"write {folder / name}"):
+                write_new(folder / name, content)
         _skip(file, len(padding(size)))
     if index is None:
         raise Malformed("bundle: it is empty")
@@ -182,7 +184,7 @@ def _take_blob(file: BinaryIO, folder: Path, name: str, size: int, index: Index)
     if index.files.get(digest) != size:
         raise Malformed(f"bundle: {name} is not in the index with {size} bytes")
     hasher = sha256()
-    with _disk(folder), (folder / name).open("xb") as target:
+    with disk(f"write {folder}"), (folder / name).open("xb") as target:
         for chunk in _chunks(file, size, name):
             hasher.update(chunk)
             target.write(chunk)
@@ -190,13 +192,6 @@ def _take_blob(file: BinaryIO, folder: Path, name: str, size: int, index: Index)
         os.fsync(target.fileno())
     if f"sha256:{hasher.hexdigest()}" != digest:
         raise DigestMismatch(f"bundle: {name} has other bytes than its name says")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _disk(path), path.open("xb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
 
 
 def _read(file: BinaryIO, size: int, name: str) -> bytes:
@@ -217,14 +212,6 @@ def _skip(file: BinaryIO, size: int) -> None:
         raise Malformed("bundle: it ends before its end mark")
 
 
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"could not write {path}: {error}") from error
-
-
 # --- where a node keeps them ----------------------------------------------------------------------------------------
 
 
@@ -242,7 +229,8 @@ def read_back(folder: Path) -> tuple[Index, list[bytes]]:
 
 def write_index(folder: Path, index: Index) -> None:
     """The last file of an unpacked bundle."""
-    _write(folder / INDEX, msgspec.json.encode(index))
+    with disk(f"write {folder / INDEX}"):
+        write_new(folder / INDEX, msgspec.json.encode(index))
 
 
 def remove(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sync.bundle import Index, read_back, remove, unpack, write_index
 from sync.clock import Clock
+from sync.durable import flush
 from sync.errors import (
     BadSignature,
     DigestMismatch,
@@ -158,10 +159,6 @@ def _place(staged: Path, folder: Path, name: str) -> None:
         (folder / f"{name}.json").unlink(missing_ok=True)
         if not (folder / name).exists():
             staged.rename(folder / name)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(folder)
     except OSError as error:
         raise StoreFailed(f"could not put the bundle in place: {error}") from error

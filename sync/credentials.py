@@ -10,7 +10,6 @@ refuses it, renewal does not, and nothing else on the node asks.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import ssl
@@ -33,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from sync.clock import Clock, SystemClock
+from sync.durable import flush, write_new, write_whole
 from sync.errors import InvalidConfig, StoreFailed
 
 AUDIENCE = "tierline-hub"
@@ -218,16 +218,16 @@ def write_pair(folder: Path, key: EllipticCurvePrivateKey, certificate: str, bun
         numbers = [_number(path) for path in folder.glob("pair-[0-9]*")]
         pair = folder / f"pair-{max(numbers, default=0) + 1}"
         pair.mkdir(mode=0o700)
-        _write(pair / "key.pem", private_pem(key), 0o600)
-        _write(pair / "cert.pem", certificate.encode(), 0o644)
-        _write(pair / "ca.pem", bundle.encode(), 0o644)
-        _flush(pair)
-        _flush(folder)
+        write_new(pair / "key.pem", private_pem(key), 0o600)
+        write_new(pair / "cert.pem", certificate.encode(), 0o644)
+        write_new(pair / "ca.pem", bundle.encode(), 0o644)
+        flush(pair)
+        flush(folder)
         _point(folder / "live", pair.name)
         for name in FILES:
             if not (folder / name).is_symlink():
                 _point(folder / name, f"live/{name}")
-        _flush(folder)
+        flush(folder)
     except OSError as error:
         raise StoreFailed(f"could not keep the new certificate in {folder}: {error}") from error
 
@@ -246,7 +246,7 @@ def pending_key(folder: Path) -> EllipticCurvePrivateKey:
     made = new_key()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        keep(path, private_pem(made))
+        write_whole(path, private_pem(made))
     except OSError as error:
         raise StoreFailed(f"could not keep a key in {path}: {error}") from error
     return made
@@ -254,16 +254,6 @@ def pending_key(folder: Path) -> EllipticCurvePrivateKey:
 
 def forget_pending_key(folder: Path) -> None:
     (folder / PENDING).unlink(missing_ok=True)
-
-
-def keep(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, for nobody else to read, so that a power cut leaves the old file or the new one. Raises
-    OSError."""
-    staged = path.with_name(f".{path.name}.new")
-    staged.unlink(missing_ok=True)
-    _write(staged, data, 0o600)
-    staged.replace(path)
-    _flush(path.parent)
 
 
 def request(key: EllipticCurvePrivateKey, node: str = "node") -> str:
@@ -310,23 +300,8 @@ def _number(path: Path) -> int:
     return int(tail) if tail.isdecimal() else 0
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _point(link: Path, target: str) -> None:
     staged = link.with_name(f".{link.name}.new")
     staged.unlink(missing_ok=True)
     staged.symlink_to(target)
     staged.replace(link)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,14 +12,14 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from sync.errors import Malformed, StoreFailed
+from sync.durable import disk
+from sync.errors import Malformed
 
 MAGIC = b"TLD1"
 FORMAT = 1
@@ -87,7 +87,7 @@ def apply(base: Path, delta: Path, out: Path, *, base_digest: str, digest: str, 
     """
     done = False
     try:
-        with _disk(out), base.open("rb") as old, delta.open("rb") as given, out.open("wb") as new:
+        with disk(f"write {out}"), base.open("rb") as old, delta.open("rb") as given, out.open("wb") as new:
             recipe = read_recipe(given)
             _check(recipe, os.fstat(old.fileno()).st_size, base_digest, digest, size)
             hasher = sha256()
@@ -147,11 +147,3 @@ class _Unpacker:
                 raise Malformed(f"delta: {error}") from error
             if piece or not packed or self._zlib.eof:
                 return piece
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"could not write {path}: {error}") from error

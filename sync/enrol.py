@@ -26,12 +26,12 @@ from sync.credentials import (
     PENDING,
     Identity,
     forget_pending_key,
-    keep,
     pending_key,
     request,
     trusting,
     write_pair,
 )
+from sync.durable import write_whole
 from sync.enrol_messages import MAX_ANSWER_BYTES, Enrol, Enrolled, read_token
 from sync.errors import BadSignature, InvalidConfig, StoreFailed, SyncError
 from sync.hub_call import HubRefused, call
@@ -107,8 +107,8 @@ def join_hub(
     write_pair(identity, key, answer.certificate, answer.bundle)
     config = folder / CONFIG
     try:
-        keep(folder / answer.trust_name, answer.trust)
-        keep(config, _config(url, answer, proxy, top or {}).encode())
+        write_whole(folder / answer.trust_name, answer.trust)
+        write_whole(config, _config(url, answer, proxy, top or {}).encode())
     except OSError as error:
         raise StoreFailed(f"could not write {folder}: {error}; join again, with the same token") from error
     forget_pending_key(identity)

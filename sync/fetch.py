@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread, get_native_id
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from sync.blocks import SCHEME as BLOCKS
 from sync.blocks import Blocks
 from sync.clock import Clock, SystemClock
+from sync.daemon import in_daemon
 from sync.delta import Offer
 from sync.delta import apply as apply_delta
 from sync.delta_fetch import MAX_OFFER_BYTES, MIN_BYTES, bases_for, question, read_offer
@@ -48,9 +46,6 @@ MAX_PARALLEL = 2
 """Files at once: a node's uplink is rarely faster with more."""
 
 log = logging.getLogger(__name__)
-
-NICENESS = 15
-"""Of a transfer's thread: behind those that run models (10), which wait for no update."""
 
 T = TypeVar("T")
 
@@ -207,7 +202,7 @@ class Fetcher:
                 self._store.publish(digest, made)
                 part.remove()
 
-        await _start(work)
+        await in_daemon(work, "a transfer")
 
     async def _bring(self, digest: str, size: int) -> None:
         good, reasons = list(self._sources), ["no source is configured"]
@@ -274,7 +269,7 @@ class Fetcher:
         late = asyncio.get_running_loop().call_later(seconds, request.stop, f"not done within {seconds:.1f} s")
         self._running.add(request)
         try:
-            future = _start(work)
+            future = in_daemon(work, "a transfer")
             try:
                 return await asyncio.shield(future)
             except asyncio.CancelledError:
@@ -289,29 +284,3 @@ class Fetcher:
 
 def _besides_blocks(sources: Sequence[Source]) -> list[Source]:
     return [source for source in sources if source.url != BLOCKS]
-
-
-def _start(work: Callable[[], T]) -> asyncio.Future[T]:
-    """`work` in a daemon thread, which the end of the process does not wait for. Raises Unavailable when there is none."""
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()
-
-    def run() -> None:
-        _give_way()
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits for it
-            outcome.set_exception(error)
-
-    future = asyncio.wrap_future(outcome)
-    try:
-        Thread(target=run, name="fetch", daemon=True).start()
-    except RuntimeError as error:
-        raise Unavailable(f"no thread for a transfer: {error}") from error
-    return future
-
-
-def _give_way() -> None:
-    """Hashing 100 MB must cost no request anything. On Linux a thread has a nice value of its own."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICENESS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sync.channel import MAX_SPREAD, SPREAD_PER_NODE
+from sync.channel import spread
 from sync.events import (
     ALARM,
     MAX_PACKET_BYTES,
@@ -78,12 +78,7 @@ _PLAIN = KindPolicy()
 def resend_delay(attempt: int, fleet: int, uniform: Uniform) -> float:
     """Seconds until what was sent `attempt` times is sent again: never less than `RESEND_SECONDS`, spread over the fleet."""
     base = min(RESEND_SECONDS * 2.0 ** min(attempt - 1, 16), MAX_RESEND_SECONDS)
-    return uniform(base, 1.5 * base) + uniform(0.0, spread_of(fleet))
-
-
-def spread_of(fleet: int) -> float:
-    """Seconds over which `fleet` nodes spread what all of them are about to do."""
-    return min(MAX_SPREAD, max(fleet, 0) * SPREAD_PER_NODE)
+    return uniform(base, 1.5 * base) + uniform(0.0, spread(fleet))
 
 
 @dataclass(slots=True)

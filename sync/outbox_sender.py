@@ -6,11 +6,11 @@ import asyncio
 import logging
 import random
 
-from sync.channel import LinkLike
+from sync.channel import LinkLike, spread
 from sync.clock import Clock
 from sync.errors import StoreFailed
 from sync.outbox import Outbox
-from sync.outbox_policy import Allowance, Uniform, packets, spread_of
+from sync.outbox_policy import Allowance, Uniform, packets
 from sync.outbox_store import Waiting
 from sync.topics import up
 
@@ -106,7 +106,7 @@ class Sender:
         now = self._clock.monotonic()
         if self._outbox.pending or self._outbox.unwritten:
             if now >= self._sweep_at:
-                self._sweep_at = now + SWEEP_SECONDS + self._uniform(0.0, spread_of(self._outbox.flight.fleet))
+                self._sweep_at = now + SWEEP_SECONDS + self._uniform(0.0, spread(self._outbox.flight.fleet))
                 self._outbox.sweep()
             due = self._next_send(now) if self._link.connected else None
             until = self._sweep_at if due is None else min(due, self._sweep_at)

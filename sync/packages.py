@@ -12,14 +12,14 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from threading import Thread
 from typing import Protocol, TypeVar
 
 from sync.clock import Clock
+from sync.daemon import in_daemon
 from sync.deadline import within
 from sync.errors import (
     Absent,
@@ -369,7 +369,7 @@ class Packages:
             kept=self._state.tuf_kept(),
             names=names,
         )
-        answer = await _in_thread(lambda: self._client.ask(ask, get))
+        answer = await in_daemon(lambda: self._client.ask(ask, get), "update metadata")
         if answer.code:
             await asyncio.to_thread(self._state.raise_tuf, answer.marks, answer.kept, 0.0)
             raise _ERRORS.get(answer.code, Malformed)(answer.text)
@@ -454,21 +454,3 @@ class _Transfers:
         self._over = True
         if self._under_way is not None:
             self._under_way.cancel()
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """`work` in a daemon thread, which neither a cancelled caller nor the end of the process waits for."""
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits for it
-            outcome.set_exception(error)
-
-    try:
-        Thread(target=run, name="update metadata", daemon=True).start()
-    except RuntimeError as error:
-        raise Unavailable(f"no thread for the update metadata: {error}") from error
-    return await asyncio.wrap_future(outcome)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from sync.errors import StoreFailed, Unavailable
+from sync.durable import disk
+from sync.errors import Unavailable
 
 CHUNK = 256 * 1024
 
@@ -26,30 +27,30 @@ class Part:
         self._file = file
 
     def length(self) -> int:
-        with _disk(self._path):
+        with disk(f"write {self._path}"):
             return os.fstat(self._file.fileno()).st_size
 
     def hash(self, hasher: Hash, length: int) -> None:
         """Feed the first `length` bytes to `hasher`; writing continues behind them."""
-        with _disk(self._path):
+        with disk(f"write {self._path}"):
             self._file.seek(0)
             while length and (block := self._file.read(min(CHUNK, length))):
                 hasher.update(block)
                 length -= len(block)
 
     def restart(self) -> None:
-        with _disk(self._path):
+        with disk(f"write {self._path}"):
             self._file.seek(0)
             self._file.truncate()
 
     def write(self, chunk: bytes) -> None:
-        with _disk(self._path):
+        with disk(f"write {self._path}"):
             view = memoryview(chunk)
             while view:
                 view = view[self._file.write(view) :]
 
     def remove(self) -> None:
-        with _disk(self._path):
+        with disk(f"write {self._path}"):
             self._path.unlink(missing_ok=True)
 
 
@@ -62,7 +63,7 @@ def taken(path: Path) -> Iterator[Part]:
 
 def _opened(path: Path) -> BinaryIO:
     while True:
-        with _disk(path):
+        with disk(f"write {path}"):
             # Appending opens without truncating. Unbuffered, so that a full disk shows at the write and not at the close.
             file = path.open("a+b", buffering=0)
             try:
@@ -85,11 +86,3 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
         return False
     here = os.fstat(file.fileno())
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"could not write {path}: {error}") from error

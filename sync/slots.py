@@ -11,12 +11,12 @@ new one. `None` as a slot is the software the launcher itself was installed with
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from sync.durable import write_whole
 from sync.errors import StoreFailed
 from sync.schema import refuse_later
 
@@ -158,19 +158,9 @@ class Slots:
     def write(self, state: SlotState) -> None:
         """On the disk when this returns."""
         path = self.root / STATE_FILE
-        staged = path.with_suffix(".new")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with staged.open("wb") as file:
-                file.write(msgspec.json.encode(state))
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
-            folder = os.open(self.root, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            write_whole(path, msgspec.json.encode(state), mode=0o644)
         except OSError as error:
             raise StoreFailed(f"{path}: {error.strerror}") from error
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from sync.errors import Malformed, StoreFailed
+from sync.durable import disk, flush
+from sync.errors import Malformed
 from sync.quota import Entry
 from sync.trust import check_digest
 
@@ -31,7 +31,7 @@ class BlobStore:
         self._staging = root / "staging"
         self._lock = Lock()
         self._claimed: dict[str, float] = {}
-        with _disk("create the store"):
+        with disk("create the store"):
             for folder in (self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._staging.iterdir():
@@ -62,7 +62,7 @@ class BlobStore:
 
     def entries(self) -> Iterator[Entry]:
         """Every file and every half download, with its size and the time of its last use."""
-        with _disk("list the store"):
+        with disk("list the store"):
             for folder, half in ((self._blobs, False), (self._staging, True)):
                 with os.scandir(folder) as found:
                     names = list(found)
@@ -80,7 +80,7 @@ class BlobStore:
         A process that has it open keeps reading it.
         """
         path = self.staging(entry.digest) if entry.half else self.path(entry.digest)
-        with self._lock, _disk(f"remove {entry.digest}"):
+        with self._lock, disk(f"remove {entry.digest}"):
             if not entry.half and self._claimed.get(entry.digest, float("-inf")) >= unless_claimed_since:
                 return False
             self._claimed.pop(entry.digest, None)
@@ -97,38 +97,22 @@ class BlobStore:
     def publish(self, digest: str, staged: Path) -> Path:
         """Make a staged file, whose digest the caller has checked, the blob. It is durable when this returns."""
         target = self.path(digest)
-        with _disk(f"publish {digest}"):
+        with disk(f"publish {digest}"):
             staged.chmod(0o444)
-            _sync(staged)
+            flush(staged)
             os.utime(staged)
             with self._lock:
                 staged.rename(target)
                 self._claimed[digest] = self.now()
-            _sync(self._blobs)
+            flush(self._blobs)
         return target
 
     def digests(self) -> Iterator[str]:
         """Every published blob."""
-        with _disk("list the store"):
+        with disk("list the store"):
             names = sorted(entry.name for entry in self._blobs.iterdir())
         return (f"sha256:{name}" for name in names)
 
 
 def _hex(digest: str) -> str:
     return check_digest(digest).removeprefix("sha256:")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"could not {what}: {error}") from error

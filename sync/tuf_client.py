@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from tuf.api import exceptions
 from tuf.api.metadata import Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
+from sync.durable import write_whole
 from sync.errors import (
     Absent,
     BadSignature,
@@ -83,7 +83,7 @@ class TufClient(Updater):
         return found
 
     def _persist_file(self, filename: str, data: bytes) -> None:
-        write_durably(Path(filename), data)
+        write_whole(Path(filename), data)
 
 
 class _Fetch(FetcherInterface):
@@ -274,7 +274,7 @@ def _put_back(folder: Path, kept: Mapping[str, bytes]) -> None:
     for role in _KEPT:
         path = folder / f"{role}.json"
         if role in kept and (not path.is_file() or _version(path.read_bytes()) < _version(kept[role])):
-            write_durably(path, kept[role])
+            write_whole(path, kept[role])
 
 
 def _version(data: bytes) -> int:
@@ -296,19 +296,3 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise StoreFailed(f"{folder} is in use by another process") from error
         yield
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path`: after a power cut it has the old content or the new. Raises OSError."""
-    staged = path.with_name(f".{path.name}.new")
-    staged.unlink(missing_ok=True)
-    with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import numpy as np
 from models.contract import is_finite
 from models.errors import DeadlineExceeded, EngineFailure
 from models.manifest import confidence_of
+from models.serving.cores import give_way
 from models.serving.loaded import Loaded
 from models.serving.predictor import InferRequest, InferResponse, Predictor
 from models.serving.quality import BASELINE_ANSWERS, Record
@@ -122,7 +121,9 @@ class Shadow:
         if not names:
             return False
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="tierline-shadow", initializer=_give_way)
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="tierline-shadow", initializer=give_way, initargs=(SHADOW_NICE,)
+            )
         if self._of is not record:
             self._of, self._seen = record, set()
         self._under_way = True
@@ -208,11 +209,3 @@ def _agree(new: Array, old: Array) -> bool:
 
 def _all_finite(arrays: Mapping[str, Array]) -> bool:
     return all(is_finite(array) for array in arrays.values())
-
-
-def _give_way() -> None:
-    try:
-        # On Linux a thread has a nice value of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SHADOW_NICE)
-    except OSError:
-        pass  # a system that does not allow it runs it as an equal, within its share

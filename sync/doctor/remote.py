@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from importlib import import_module
-from threading import Thread
 from typing import TYPE_CHECKING, Any
+
+from sync.daemon import in_daemon
 
 if TYPE_CHECKING:
     from sync.doctor.subject import Live
@@ -29,7 +28,7 @@ def offer_doctor(member: Member, tier: str, config: object, running: Callable[[]
             protocol = str(getattr(member.link, "protocol", ""))
             return report(tier, config, Live(member.connected, protocol, dict(running())))
 
-        return await _in_thread(work)
+        return await in_daemon(work, "doctor")
 
     member.rpc.offer("doctor", answer)
 
@@ -50,18 +49,3 @@ def report(tier: str, config: object, live: Live) -> dict[str, Any]:
     title = {"about": node.id, "tier": node.tier, "software": software(), "at": round(time.time())}
     cleaned: dict[str, Any] = subject.redaction().value(as_json(title, results))
     return cleaned
-
-
-async def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """In a daemon thread, which neither a cancelled caller nor the end of the process waits for."""
-    outcome: Future[dict[str, Any]] = Future()
-    outcome.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits for it
-            outcome.set_exception(error)
-
-    Thread(target=run, name="doctor", daemon=True).start()
-    return await asyncio.wrap_future(outcome)

@@ -24,9 +24,10 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sync.download import Download, Limits
+from sync.durable import write_whole
 from sync.errors import SyncError
 from sync.state import StateStore
-from sync.tuf_client import Opened, opened, write_durably
+from sync.tuf_client import Opened, opened
 from sync.tuf_messages import Ask
 
 LIMITS = Limits(connect_seconds=5, read_seconds=10, budget_seconds=20)
@@ -38,8 +39,8 @@ def main() -> int:
     folder = Path(options.metadata_dir)
     if options.verb == "init":
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / PINNED, Path(options.trusted_root).read_bytes())
-        write_durably(folder / "root.json", Path(options.trusted_root).read_bytes())
+        write_whole(folder / PINNED, Path(options.trusted_root).read_bytes())
+        write_whole(folder / "root.json", Path(options.trusted_root).read_bytes())
         return 0
     state = StateStore(folder / "floors.db")
     try:
@@ -76,7 +77,7 @@ def bring(client: Opened, name: str, base: str, into: Path) -> None:
     where = client.location(target)
     data = from_url(base)(where, target.length)
     client.check(target, data)
-    write_durably(path, data)
+    write_whole(path, data)
 
 
 def from_url(base: str) -> Callable[[str, int], bytes]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deploy import broker as broker_module
 from deploy import follow
 from deploy.broker import Broker, Secure
 from deploy.follow import Follower
@@ -47,19 +45,3 @@ def test_a_damaged_key_is_made_anew(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "server.key").write_bytes(content)
     assert broker.request() != first[0]
     assert (tmp_path / "server.key").stat().st_mode & 0o777 == 0o600
-
-
-def test_what_is_written_is_on_the_disk_before_it_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    replace = Path.replace
-
-    def named(staged: Path, target: Path) -> Path:
-        order.append("named")
-        return replace(staged, target)
-
-    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("flushed"))
-    monkeypatch.setattr(Path, "replace", named)
-    broker_module._write_private(tmp_path / "acl", "text")
-    assert order == ["flushed", "named"]

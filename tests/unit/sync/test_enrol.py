@@ -110,10 +110,10 @@ def test_a_power_cut_at_any_step_is_mended_by_joining_again(
 def test_a_machine_that_cannot_write_uses_no_token_up(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(credentials, "_write", full)
+    monkeypatch.setattr(credentials, "write_whole", full)
     with pytest.raises(StoreFailed):
         join_hub(URL, hub.token, tmp_path / "n", tier="edge")
     assert hub.used == []

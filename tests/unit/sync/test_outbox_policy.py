@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from sync.channel import spread
 from sync.errors import Malformed
 from sync.events import MAX_BODY_BYTES, MAX_PACKET_BYTES, Event, new_id, unpack, unpack_event
 from sync.messages import MAX_MESSAGE_BYTES
-from sync.outbox_policy import MAX_RESEND_SECONDS, RESEND_SECONDS, Flight, packets, resend_delay, spread_of
+from sync.outbox_policy import MAX_RESEND_SECONDS, RESEND_SECONDS, Flight, packets, resend_delay
 
 
 def event(seq: int, body: bytes = b"x") -> Event:
@@ -33,8 +34,8 @@ def test_a_repetition_never_comes_before_four_seconds_and_backs_off_to_a_ceiling
 def test_repetitions_are_spread_over_the_fleet() -> None:
     assert resend_delay(1, 1, most) < 7
     assert resend_delay(1, 1_000, most) == pytest.approx(6.0 + 10.0)
-    assert spread_of(10**9) == 120.0
-    assert spread_of(-5) == 0.0
+    assert spread(10**9) == 120.0
+    assert spread(-5) == spread(1)
 
 
 def test_what_is_acknowledged_is_not_repeated_while_the_disk_is_told() -> None:

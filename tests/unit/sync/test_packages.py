@@ -271,7 +271,7 @@ async def test_looking_for_news_outlives_a_process_without_threads(node, monkeyp
     looking = asyncio.create_task(node.packages.run())
     await node.when(lambda: node.clock.sleepers == 1)
     with monkeypatch.context() as patch:
-        patch.setattr("sync.packages.Thread.start", refuse)
+        patch.setattr("sync.daemon.Thread.start", refuse)
         node.clock.advance(POLL_SECONDS * 1.5)
         await node.settle()
         await node.when(lambda: looking.done() or node.clock.sleepers == 1)
