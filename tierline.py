@@ -44,16 +44,23 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "ledger": ("cloud_hub.ledger_cli:ledger", "edge", "whether every event of a node has a known end"),
     "policy": ("cloud_hub.cli:policy", "hub", "show or set a tenant's routing policy"),
     "doctor": (
-        "sync.doctor.cli:doctor",
+        "tierline:doctor",
         "device",
         "check a node or a hub of this machine: what is wrong, and what to do",
     ),
     "support-bundle": (
-        "sync.doctor.bundle:support_bundle",
+        "tierline:support_bundle",
         "device",
         "write what somebody who helps needs to know into one file",
     ),
     "chaos": ("sync.chaos.cli:chaos", "edge", "cut, slow, break or stop something on purpose, to see what happens"),
+}
+# tier, or the hub -> (what makes its subject and its table of checks of a path, the extra it needs)
+DOCTORS: dict[str, tuple[str, str]] = {
+    "device": ("device_agent.doctor:device_doctor", "device"),
+    "edge": ("edge_node.doctor:edge_doctor", "edge"),
+    "cloud": ("cloud_hub.worker_doctor:worker_doctor", "hub"),
+    "hub": ("cloud_hub.doctor:hub_doctor", "hub"),
 }
 FOUNDATIONS = ("cloud_hub", "edge_node", "device_agent", "sync", "models", "deploy")
 
@@ -83,6 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # numpy's OpenBLAS starts a thread for every core, and they spin: 80 ms of processor time for nothing.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return _load(command)(rest)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """`tierline doctor`; the tables of all tiers meet here alone."""
+    from sync.doctor.cli import doctor
+
+    return doctor(argv, DOCTORS)
+
+
+def support_bundle(argv: Sequence[str]) -> int:
+    """`tierline support-bundle`."""
+    from sync.doctor.bundle import support_bundle
+
+    return support_bundle(argv, DOCTORS)
 
 
 def _load(command: str) -> Callable[[Sequence[str]], int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cloud_hub.worker import TIER, WorkerConfig
 from models import doctor as models_doctor
-from models.desired import decode_desired, plan
-from models.engines import available_engines
 from sync.doctor.check import Check, Finding, Skipped
 from sync.doctor.node import NODE
 from sync.doctor.subject import NodeSubject, subject_of
@@ -24,12 +22,7 @@ def worker_doctor(path: Path) -> tuple[NodeSubject, Sequence[Check[NodeSubject]]
 
 def fields_of(config: WorkerConfig) -> Mapping[str, Any]:
     """What the checks of every tier need of this one's configuration, as fields of NodeSubject."""
-    return {"membership": config.node, "plan": needs}
-
-
-def needs(body: bytes) -> Collection[str]:
-    """Digests that a desired document needs on this machine. Raises TierlineError."""
-    return plan(decode_desired(body), available_engines())
+    return {"membership": config.node, "plan": models_doctor.needs}
 
 
 def check_engines(subject: NodeSubject) -> Finding:
@@ -41,13 +34,10 @@ def check_models(subject: NodeSubject) -> Finding:
     if body is None:
         raise Skipped("no desired document is in force")
 
-    def blob(digest: str) -> Path:
-        return subject.data / "blobs" / digest.removeprefix("sha256:")
-
     url = subject.announced().get("url")
     if isinstance(url, str) and url.startswith("http://"):
-        return Finding(*models_doctor.run_there(url, body, blob, TIER))
-    return Finding(*models_doctor.run_here(body, blob))
+        return Finding(*models_doctor.run_there(url, body, subject.blob, TIER))
+    return Finding(*models_doctor.run_here(body, subject.blob))
 
 
 CHECKS: tuple[Check[NodeSubject], ...] = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from device_agent.config import AgentConfig, load_agent_config
 from models import doctor as models_doctor
-from models.desired import decode_desired, plan
-from models.engines import available_engines
+from models.desired import decode_desired
 from sync.doctor.check import Check, Finding, Skipped, fail, ok, warn
 from sync.doctor.node import NODE
 from sync.doctor.reach import explain_socket, get, place_of
@@ -24,12 +23,7 @@ def device_doctor(path: Path) -> tuple[NodeSubject, Sequence[Check[NodeSubject]]
 def fields_of(config: AgentConfig) -> Mapping[str, Any]:
     """What the checks of every tier need of this one's configuration, as fields of NodeSubject."""
     up = {"edge": config.edge} if config.edge is not None else {}
-    return {"membership": config.node, "plan": needs, "up": up}
-
-
-def needs(body: bytes) -> Collection[str]:
-    """Digests that a desired document needs on this machine. Raises TierlineError."""
-    return plan(decode_desired(body), available_engines())
+    return {"membership": config.node, "plan": models_doctor.needs, "up": up}
 
 
 def check_engines(subject: NodeSubject) -> Finding:
@@ -42,7 +36,7 @@ def check_models(subject: NodeSubject) -> Finding:
         raise Skipped("no desired document is in force")
     if subject.live is not None:
         return _loaded(body, subject.live.running)
-    return Finding(*models_doctor.run_here(body, lambda digest: _blob(subject, digest)))
+    return Finding(*models_doctor.run_here(body, subject.blob))
 
 
 def check_edge(subject: NodeSubject) -> Finding:
@@ -91,7 +85,3 @@ def _loaded(body: bytes, running: Mapping[str, str]) -> Finding:
     if missing:
         return fail(f"not loaded: {', '.join(missing)}")
     return ok(", ".join(f"{name} ({package})" for name, package in wanted.items()) or "no model is wanted here")
-
-
-def _blob(subject: NodeSubject, digest: str) -> Path:
-    return subject.data / "blobs" / digest.removeprefix("sha256:")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from edge_node.config import EdgeConfig, load_edge_config
 from models import doctor as models_doctor
-from models.desired import decode_desired, plan
-from models.engines import available_engines
 from models.errors import TierlineError
 from models.policy import decode_policy, rule_for
 from sync.doctor.check import Check, Finding, Skipped, amount, fail, ok, warn
@@ -33,14 +31,9 @@ def fields_of(config: EdgeConfig) -> Mapping[str, Any]:
     return {
         "membership": config.node,
         "quota": config.store,
-        "plan": needs,
+        "plan": models_doctor.needs,
         "up": {"cloud": config.up.url} if config.up is not None else {},
     }
-
-
-def needs(body: bytes) -> Collection[str]:
-    """Digests that a desired document needs on this machine. Raises TierlineError."""
-    return plan(decode_desired(body), available_engines())
 
 
 def check_engines(subject: NodeSubject) -> Finding:
@@ -53,10 +46,10 @@ def check_models(subject: NodeSubject) -> Finding:
         raise Skipped("no desired document is in force")
     url = subject.announced().get("url")
     if not isinstance(url, str):
-        return Finding(*models_doctor.run_here(body, lambda digest: blob(subject, digest)))
+        return Finding(*models_doctor.run_here(body, subject.blob))
     if not url.startswith("http://"):
         raise Skipped(f"the data plane at {url} wants certificates: the golden inputs were not sent")
-    return Finding(*models_doctor.run_there(url, body, lambda digest: blob(subject, digest), subject.node.tier))
+    return Finding(*models_doctor.run_there(url, body, subject.blob, subject.node.tier))
 
 
 def check_ports(subject: NodeSubject) -> Finding:
@@ -129,7 +122,7 @@ def check_mirror(subject: NodeSubject) -> Finding:
     if not folder.is_dir():
         raise Skipped("this node has not been started yet")
     body = subject.active("desired")
-    own = {digest.removeprefix("sha256:") for digest in (needs(body) if body is not None else ())}
+    own = {digest.removeprefix("sha256:") for digest in (models_doctor.needs(body) if body is not None else ())}
     kept = [path.stat().st_size for path in folder.iterdir() if path.name not in own]
     limit = subject.quota.cache_bytes
     found = f"{len(kept)} files of others, {amount(sum(kept))} of {amount(limit)}"
@@ -172,10 +165,6 @@ CHECKS: tuple[Check[NodeSubject], ...] = (
         check_mirror,
     ),
 )
-
-
-def blob(subject: NodeSubject, digest: str) -> Path:
-    return subject.data / "blobs" / digest.removeprefix("sha256:")
 
 
 def config_of(subject: NodeSubject) -> EdgeConfig:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from models.contract import Golden, bind, check_golden, load_golden
-from models.desired import decode_desired
+from models.desired import decode_desired, plan
 from models.engines import ENGINES, EngineOptions, available_engines, get_engine
 from models.errors import ContractBreach, Forbidden, NotReady, TierlineError, Unauthenticated
 from models.manifest import MAX_MANIFEST_BYTES, Manifest, Variant, choose_variant, decode_manifest
@@ -35,6 +35,11 @@ class Case:
     variant: Variant
     golden: Golden
     file: Path
+
+
+def needs(body: bytes) -> Collection[str]:
+    """Digests that a desired document needs on this machine. Raises TierlineError."""
+    return plan(decode_desired(body), available_engines())
 
 
 def engines(*, load: bool = True) -> Fact:

@@ -12,7 +12,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,11 +35,11 @@ from sync.errors import (
 )
 from sync.fetch import Fetcher, Source
 from sync.state import Approval, StateStore
+from sync.transfers import SOURCE_SECONDS, Transfers
 from sync.trust import CLOCK_LEEWAY, MAX_KEYRING_BYTES, Keyring, check_digest, decode_keyring, digest_of
 from sync.tuf_messages import Answer, Ask, Listed
 from sync.tuf_process import TufProcess
 
-PATH = "/tuf/"
 KEYRING = "keys/documents.json"
 """The target that holds the keys of desired documents, policies and settings."""
 REFRESH_GAP = 1.0
@@ -54,8 +53,6 @@ KEY_SECONDS = 5.0
 """How long a document waits for the refresh that might bring its key: what watches the version in force waits with it."""
 RECHECK_SECONDS = 60.0
 """Age at which what a file's listing said is asked again before an update: it may have been withdrawn since."""
-SOURCE_SECONDS = 60.0
-"""What one source may take of a refresh: the next one gets its turn before whoever waits has given up. What came is kept."""
 FRESH_SECONDS = 86_400.0
 """A timestamp signed longer ago is stale: the next source is asked, and without a better one an alarm is raised."""
 POLL_SECONDS = 3_600.0
@@ -330,7 +327,7 @@ class Packages:
             raise (refusals or errors or [Unavailable("no source is configured")])[-1]
 
     async def _ask_source(self, wanted: Collection[str], source: Source) -> Answer:
-        transfers = _Transfers(self._fetcher, source)
+        transfers = Transfers(self._fetcher, source)
         # When it is over, in whatever way: nothing of this source is under way any more, and the child has its answer.
         end = asyncio.ensure_future(self._clock.sleep(SOURCE_SECONDS))
         end.add_done_callback(transfers.cut)
@@ -375,7 +372,7 @@ class Packages:
             raise _ERRORS.get(answer.code, Malformed)(answer.text)
         return answer
 
-    async def _take(self, answer: Answer, wanted: Collection[str], transfers: _Transfers) -> None:
+    async def _take(self, answer: Answer, wanted: Collection[str], transfers: Transfers) -> None:
         """Floors first, then the keyring, then what the answer allows."""
         now = self._clock.wall()
         # Fresh metadata vouches that the clock is not ahead by more than its lifetime: only such readings are kept.
@@ -408,7 +405,7 @@ class Packages:
         while len(self._files) > MAX_NAMES:
             del self._files[next(iter(self._files))]
 
-    async def _bring_keyring(self, listed: Listed, transfers: _Transfers) -> bytes:
+    async def _bring_keyring(self, listed: Listed, transfers: Transfers) -> bytes:
         if self._approval is not None and self._approval.digest == listed.digest:
             return self._approval.keyring
         if listed.size > MAX_KEYRING_BYTES:
@@ -417,40 +414,3 @@ class Packages:
         if digest_of(data) != listed.digest:
             raise DigestMismatch(f"{transfers.url} delivered another keyring than the one signed for")
         return data
-
-
-class _Transfers:
-    """What is asked of one source in one refresh, until it is cut. Lives in the event loop; `get` is for another thread."""
-
-    def __init__(self, fetcher: Fetcher, source: Source) -> None:
-        self.url = source.url
-        self._fetcher = fetcher
-        self._source = source
-        self._loop = asyncio.get_running_loop()
-        self._under_way: asyncio.Future[bytes] | None = None
-        self._over = False
-
-    def get(self, path: str, limit: int) -> bytes:
-        """A metadata file; blocks."""
-        try:
-            return asyncio.run_coroutine_threadsafe(self.bring(PATH + path, limit), self._loop).result()
-        except (CancelledError, RuntimeError) as error:
-            raise Unavailable("the transfer was cancelled") from error
-
-    async def bring(self, path: str, limit: int) -> bytes:
-        """Raises what `Fetcher.get` does; Unavailable when it was cut."""
-        why = f"{self.url} was not done within {SOURCE_SECONDS:g} s"
-        if self._over:
-            raise Unavailable(why)
-        self._under_way = asyncio.ensure_future(self._fetcher.get(self._source, path, limit))
-        try:
-            return await self._under_way
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise
-            raise Unavailable(why) from None
-
-    def cut(self, end: object = None) -> None:
-        self._over = True
-        if self._under_way is not None:
-            self._under_way.cancel()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sync.doctor.check import Skipped
-from sync.doctor.cli import add_place, find_place, place, title_of
+from sync.doctor.cli import Doctors, add_place, find_place, place, title_of
 from sync.doctor.machine import software
 from sync.doctor.redaction import Redaction
 from sync.doctor.render import as_json, summary
@@ -41,7 +41,7 @@ MAX_PACKAGES = 500
 CUT = "\n[cut: the file was longer]\n"
 
 
-def support_bundle(argv: Sequence[str]) -> int:
+def support_bundle(argv: Sequence[str], doctors: Doctors) -> int:
     """Exit code: 0 = the file is written, 1 = it could not be, 2 = the command line was wrong."""
     parser = argparse.ArgumentParser(
         prog="tierline support-bundle",
@@ -64,7 +64,7 @@ def support_bundle(argv: Sequence[str]) -> int:
     logging.basicConfig(handlers=[logging.NullHandler()])
     try:
         tier, path = find_place(options)
-        subject, checks = place(tier, path)
+        subject, checks = place(tier, path, doctors)
     except (ValueError, OSError) as error:
         print(f"tierline support-bundle: {error}", file=sys.stderr)
         return 2

@@ -22,19 +22,14 @@ from sync.doctor.runner import run_checks, select
 from sync.doctor.subject import read_raw
 
 Doctor = Callable[[Path], tuple[Any, Sequence[Check[Any]]]]
+"""What is to be looked at below a path, and the table of checks."""
+Doctors = Mapping[str, tuple[str, str]]
+"""Tier, or `hub` -> (where its `Doctor` lives, as `module:name`, the extra it needs). The front door has it."""
 
-# tier -> what makes its subject and its table of a path; imported when asked for, so that no tier needs another's packages
-PLACES: dict[str, str] = {
-    "device": "device_agent.doctor:device_doctor",
-    "edge": "edge_node.doctor:edge_doctor",
-    "cloud": "cloud_hub.worker_doctor:worker_doctor",
-    "hub": "cloud_hub.doctor:hub_doctor",
-}
-EXTRAS = {"device": "device", "edge": "edge", "cloud": "hub", "hub": "hub"}
 DEFAULT_CONFIG = Path("node.toml")
 
 
-def doctor(argv: Sequence[str]) -> int:
+def doctor(argv: Sequence[str], doctors: Doctors) -> int:
     """Exit code: 0 = nothing has to be done, 1 = something failed, 2 = the command line was wrong."""
     parser = argparse.ArgumentParser(
         prog="tierline doctor",
@@ -51,7 +46,7 @@ def doctor(argv: Sequence[str]) -> int:
     logging.basicConfig(handlers=[logging.NullHandler()])  # what is to be said is in the report
     try:
         tier, path = find_place(options)
-        subject, table = place(tier, path)
+        subject, table = place(tier, path, doctors)
         checks = select(table, options.only)
     except (ValueError, OSError) as error:
         print(f"tierline doctor: {error}", file=sys.stderr)
@@ -85,13 +80,14 @@ def find_place(options: argparse.Namespace) -> tuple[str, Path]:
     return options.tier or (said if said in ("device", "edge", "cloud") else "edge"), path
 
 
-def place(tier: str, path: Path) -> tuple[Any, Sequence[Check[Any]]]:
+def place(tier: str, path: Path, doctors: Doctors) -> tuple[Any, Sequence[Check[Any]]]:
     """The subject and the table. Raises SystemExit naming what is not installed."""
-    module, _, attribute = PLACES[tier].partition(":")
+    target, extra = doctors[tier]
+    module, _, attribute = target.partition(":")
     try:
         make = cast(Doctor, getattr(import_module(module), attribute))
     except ModuleNotFoundError as error:
-        raise SystemExit(f"tierline doctor needs {error.name!r}: pip install 'tierline[{EXTRAS[tier]}]'") from error
+        raise SystemExit(f"tierline doctor needs {error.name!r}: pip install 'tierline[{extra}]'") from error
     return make(path)
 
 

@@ -147,14 +147,14 @@ def judge_ledger(ledger: Ledger) -> Finding:
 
 def check_present(subject: NodeSubject) -> Finding:
     wanted = _wanted(subject)
-    missing = sorted(digest for digest in wanted if not _blob(subject, digest).is_file())
+    missing = sorted(digest for digest in wanted if not subject.blob(digest).is_file())
     if missing:
         return fail(f"{len(missing)} of {len(wanted)} files are missing, the first is {missing[0][:19]}...")
     return ok(f"all {len(wanted)} files that the document in force needs are here")
 
 
 def check_hashes(subject: NodeSubject) -> Finding:
-    wanted = sorted((_blob(subject, digest) for digest in _wanted(subject)), key=_size)
+    wanted = sorted((subject.blob(digest) for digest in _wanted(subject)), key=_size)
     there = [path for path in wanted if path.is_file()]
     left, hashed, bad = SAMPLE_BYTES, 0, []
     for path in there:
@@ -247,10 +247,6 @@ def _outbox(subject: NodeSubject) -> Path:
     if not path.exists():
         raise Skipped("this node has not been started yet")
     return path
-
-
-def _blob(subject: NodeSubject, digest: str) -> Path:
-    return subject.data / "blobs" / digest.removeprefix("sha256:")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -97,6 +97,10 @@ class NodeSubject:
     def data(self) -> Path:
         return self.node.data
 
+    def blob(self, digest: str) -> Path:
+        """Where a file lies, or would, without opening the store: a check must change nothing."""
+        return self.data / "blobs" / digest.removeprefix("sha256:")
+
     def kept(self) -> Kept:
         """Raises Skipped for a node that never started, StoreFailed."""
         return self._kept.get()

@@ -14,6 +14,7 @@ import tierline
 from sync.credentials import new_key, private_pem, write_pair
 from sync.doctor.check import Finding, Result
 from sync.doctor.render import as_json, as_text, from_json
+from tierline import DOCTORS
 
 OFFLINE = ("--only", "config", "--only", "disk", "--only", "store", "--only", "identity", "--only", "trust")
 
@@ -192,7 +193,7 @@ def test_a_bundle_leaves_out_bodies_unless_asked_and_is_bounded(
     monkeypatch.setattr(bundle, "MAX_BUNDLE", 100_000)
     out = tmp_path / "b.tar.gz"
     arguments = ["--config", str(node.path), "-o", str(out), "--lines", "1500", "--log", str(tmp_path / "big.log")]
-    assert bundle.support_bundle(arguments) == 0
+    assert bundle.support_bundle(arguments, DOCTORS) == 0
     with tarfile.open(out) as archive:
         files = {member.name.partition("/")[2]: archive.extractfile(member) for member in archive}
     assert "logs/0-big.log" not in files
