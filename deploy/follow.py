@@ -47,6 +47,8 @@ class Follower:
         try:
             self._ask()
             trouble = ""
+        except FileNotFoundError as error:
+            trouble = f"{error.filename} is not there yet"
         except (OSError, ValueError, KeyError, urllib3.exceptions.HTTPError, DeployError) as error:
             trouble = str(error)
         if bool(trouble) != bool(self._told):

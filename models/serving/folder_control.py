@@ -330,7 +330,7 @@ class FolderControl:
         while True:
             await asyncio.sleep(seconds)
             try:
-                latest = await aside(lambda: look(self._folder))
+                latest = await asyncio.to_thread(look, self._folder)
                 failed = False
             except (PackageError, OSError) as error:
                 # A file that vanished while it was looked at, or a disk that is away: what serves goes on serving.

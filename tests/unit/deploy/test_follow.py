@@ -37,6 +37,11 @@ def test_revocations_do_not_wait_for_a_certificate(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "broker" / "acl").read_text() == "a"
 
 
+def test_a_hub_that_never_started_is_waited_for_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not Follower(Broker(tmp_path / "broker"), "http://127.0.0.1:9", tmp_path / "admin.token").turn()
+    assert capsys.readouterr().out == f"waiting for the hub: {tmp_path / 'admin.token'} is not there yet\n"
+
+
 @pytest.mark.parametrize("content", [b"", b"nonsense"])
 def test_a_damaged_key_is_made_anew(tmp_path: Path, content: bytes) -> None:
     broker = Broker(tmp_path, secure=Secure(("127.0.0.1",)))
