@@ -95,7 +95,8 @@ class Record(msgspec.Struct):
 
     `latency`: histogram of all runs. `looked`: answers whose numbers were looked through. `compared`, `differed`: different
     inputs that the previous version was asked, too; `confidence`, `before`: histograms of its own confidence and of the
-    previous version's on them. `bad`: it was condemned, and is nothing to compare with.
+    previous version's on them; `before_latency`: of the previous version's runs on them, now and not when it was in force.
+    `bad`: it was condemned, and is nothing to compare with.
     """
 
     package: str
@@ -111,6 +112,7 @@ class Record(msgspec.Struct):
     latency: list[int] = msgspec.field(default_factory=lambda: [0] * LATENCY_BINS)
     confidence: list[int] = msgspec.field(default_factory=lambda: [0] * (len(CONFIDENCE_EDGES) + 1))
     before: list[int] = msgspec.field(default_factory=lambda: [0] * (len(CONFIDENCE_EDGES) + 1))
+    before_latency: list[int] = msgspec.field(default_factory=lambda: [0] * LATENCY_BINS)
 
     @property
     def key(self) -> str:
@@ -119,8 +121,13 @@ class Record(msgspec.Struct):
     def add(self, seconds: float) -> None:
         """Count one answer: `seconds` of its run."""
         self.answers += 1
-        bin_ = int(LATENCY_STEPS * (log2(seconds) + 20)) if seconds > 1e-6 else 0
-        self.latency[bin_ if bin_ < LATENCY_BINS else -1] += 1
+        self.latency[_latency_bin(seconds)] += 1
+
+    def compare(self, differs: bool, seconds: float) -> None:
+        """Count an input that the previous version was asked too: whether it says something else, how long its run took."""
+        self.compared += 1
+        self.differed += differs
+        self.before_latency[_latency_bin(seconds)] += 1
 
     def pair(self, own: float, before: float) -> None:
         """Count the confidences, in 0..1, of this version and of the previous one on one input."""
@@ -134,6 +141,7 @@ class Record(msgspec.Struct):
         self.latency = [count // 2 for count in self.latency]
         self.confidence = [count // 2 for count in self.confidence]
         self.before = [count // 2 for count in self.before]
+        self.before_latency = [count // 2 for count in self.before_latency]
 
     @property
     def requests(self) -> int:
@@ -141,12 +149,11 @@ class Record(msgspec.Struct):
 
     def p95(self) -> float:
         """Upper edge, in seconds, of the bin that holds the 95th percentile of the run time."""
-        left = SLOW_SHARE * sum(self.latency)
-        for bin_ in range(LATENCY_BINS - 1, -1, -1):
-            left -= self.latency[bin_]
-            if left < 0:
-                return _EDGES[bin_ + 1]
-        return 0.0
+        return _exceeded_by(SLOW_SHARE, self.latency)
+
+    def slow_now(self) -> float:
+        """What half of the previous version's runs of these days take longer than, in seconds; 0 = too few to say."""
+        return _exceeded_by(0.5, self.before_latency) if sum(self.before_latency) >= MIN_PAIRS else 0.0
 
     def slower_than(self, seconds: float) -> int:
         """Runs that surely took longer: the bin that holds `seconds` does not count."""
@@ -155,6 +162,21 @@ class Record(msgspec.Struct):
 
 _EDGES: Sequence[float] = tuple(2.0 ** (bin_ / LATENCY_STEPS - 20) for bin_ in range(LATENCY_BINS + 1))
 """Seconds where the bins of `Record.latency` begin, and where the last one ends."""
+
+
+def _latency_bin(seconds: float) -> int:
+    bin_ = int(LATENCY_STEPS * (log2(seconds) + 20)) if seconds > 1e-6 else 0
+    return min(bin_, LATENCY_BINS - 1)
+
+
+def _exceeded_by(share: float, histogram: Sequence[int]) -> float:
+    """Upper edge, in seconds, of the bin above which less than `share` of a latency histogram lies."""
+    left = share * sum(histogram)
+    for bin_ in range(LATENCY_BINS - 1, -1, -1):
+        left -= histogram[bin_]
+        if left < 0:
+            return _EDGES[bin_ + 1]
+    return 0.0
 
 
 def surely_above(hits: int, of: int, limit: float) -> bool:
@@ -223,7 +245,8 @@ def _latency(new: Record, old: Record | None, rules: Rules, promised_ms: float |
     if promised_ms is not None:
         limits.append((promised_ms / 1e3, "the contract's"))
     if rules.latency_ratio is not None and old is not None and sum(old.latency) >= MIN_BASELINE:
-        usual = old.p95()
+        # A machine that is busier than it was slows both: then what the previous version takes now is what counts.
+        usual = max(old.p95(), new.slow_now())
         limits.append(
             (max(rules.latency_ratio * usual, usual + rules.latency_rise_ms / 1e3), "by the previous version's")
         )

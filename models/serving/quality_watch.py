@@ -141,8 +141,8 @@ def _read(path: Path | None) -> dict[str, list[Record]]:
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return {}  # absent, torn, or of another release: counting starts anew
     blank = Record("", "")
-    shape = (len(blank.latency), len(blank.confidence), len(blank.before))
-    return {
-        model: [each for each in records if (len(each.latency), len(each.confidence), len(each.before)) == shape]
-        for model, records in known.items()
-    }
+    return {model: [each for each in records if _shape(each) == _shape(blank)] for model, records in known.items()}
+
+
+def _shape(record: Record) -> list[int]:
+    return [len(each) for each in (record.latency, record.confidence, record.before, record.before_latency)]

@@ -156,8 +156,7 @@ class Shadow:
         previous.release()
         found = None if work.cancelled() or work.exception() is not None else work.result()
         if found is not None:
-            record.compared += 1
-            record.differed += found.differs
+            record.compare(found.differs, found.seconds)
             if confidence is not None and found.confidence is not None:
                 record.pair(confidence, found.confidence)
 
@@ -173,9 +172,10 @@ def comparable(previous: Loaded, outputs: Mapping[str, Array]) -> list[str]:
 
 
 class Compared(NamedTuple):
-    """`differs`: whether the previous version says something else; `confidence`: its own, in 0..1, None = it has none."""
+    """`differs`: whether the previous version says something else; `seconds`: of its run; `confidence`: in 0..1, None = none."""
 
     differs: bool
+    seconds: float
     confidence: float | None
 
 
@@ -189,14 +189,17 @@ def _compare(
         digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).data)
     if digest.digest() in seen:
         return None
+    began = time.perf_counter()
     try:
         before = dict(zip(names, previous.session.run(inputs, names), strict=True))
     except Exception:  # noqa: BLE001 - inputs that only the new version takes, or a session that is closing
         return None
+    seconds = time.perf_counter() - began
     seen.add(digest.digest())
     rule = previous.confidence
     confidence = confidence_of(rule, before) if rule is not None and rule.output in before else None
-    return Compared(any(not _agree(outputs[name], array) for name, array in before.items()), confidence)
+    differs = any(not _agree(outputs[name], array) for name, array in before.items())
+    return Compared(differs, seconds, confidence)
 
 
 def _agree(new: Array, old: Array) -> bool:

@@ -70,6 +70,18 @@ def test_confidences_on_a_handful_of_inputs_say_nothing() -> None:
     assert fault(paired(beta(2, 4, MIN_PAIRS - 1, 2), beta(30, 1, MIN_PAIRS - 1, 1)), None, RULES) is None
 
 
+def test_a_machine_that_gets_busier_slows_both_and_condemns_nobody() -> None:
+    old, new = record(answers=500, seconds=0.001), record("2", answers=100, seconds=0.02)
+    assert "run time" in (fault(new, old, RULES) or "")
+    for _ in range(MIN_PAIRS):
+        new.compare(False, 0.015)
+    assert fault(new, old, RULES) is None
+    slower = record("2", answers=100, seconds=0.2)
+    for _ in range(MIN_PAIRS):
+        slower.compare(False, 0.015)
+    assert "run time" in (fault(slower, old, RULES) or "")
+
+
 def test_a_version_that_is_slower_is_found_out_and_one_that_is_as_fast_is_not() -> None:
     old = record(answers=500, seconds=0.005)
     assert fault(record("2", answers=500, seconds=0.0055, seed=1), old, RULES) is None
