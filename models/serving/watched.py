@@ -172,7 +172,7 @@ def comparable(previous: Loaded, outputs: Mapping[str, Array]) -> list[str]:
 
 
 class Compared(NamedTuple):
-    """`differs`: whether the previous version says something else; `seconds`: of its run; `confidence`: in 0..1, None = none."""
+    """`differs`: whether the previous version says something else; `seconds`: of its run; `confidence`: 0..1, or None."""
 
     differs: bool
     seconds: float
