@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sync.daemon import NICENESS, in_daemon
 from sync.errors import Rejected, StoreFailed, Unavailable
 from sync.slots import WHEELS, Slot, Slots
 from sync.software import Software, name_of
@@ -77,32 +79,32 @@ class SlotBuilder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
         environment |= {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            child = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=environment,
-                cwd=self.slots.root,
-            )
+            child = _start(command, environment, self.slots.root)
         except OSError as error:
             raise Rejected(f"{what}: {error}") from error
         try:
-            with suppress(OSError):
-                # Serving goes first.
-                os.setpriority(os.PRIO_PROCESS, child.pid, 10)
-            async with asyncio.timeout(seconds):
-                output, _ = await child.communicate()
-        except TimeoutError as error:
+            output, _ = await in_daemon(lambda: child.communicate(timeout=seconds), "slot")
+        except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{what} was not over within {seconds:g} s") from error
         finally:
-            if child.returncode is None:
+            if child.poll() is None:
                 child.kill()
-                await child.wait()
+                await in_daemon(child.wait, "slot")
         text = output[-MAX_OUTPUT:].decode(errors="replace")
         if child.returncode:
             raise Rejected(f"{what} failed with {child.returncode}: {text.strip()[-SHOWN_OUTPUT:]}")
         return text
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    """A child that gives way to serving. Not by the event loop, which forks: that stops the loop for as long as it takes to
+    copy the page tables of all this process has mapped. Raises OSError."""
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=folder
+    )
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, child.pid, NICENESS)
+    return child
 
 
 def _lay_out(folder: Path, wheels: Path, software: Software, blobs: Mapping[str, Path]) -> None:

@@ -21,10 +21,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def give_way(nice: int = NICE) -> None:
-    """Let the event loop's thread go before the one that calls this, and those with a smaller `nice`."""
+def give_way(nice: int = NICE, task: int | None = None) -> None:
+    """Let the event loop's thread go before the one that calls this (or `task`, a process), and those with a smaller `nice`."""
     try:
         # On Linux a thread has a nice value of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.setpriority(os.PRIO_PROCESS, task or threading.get_native_id(), nice)
     except OSError:
         pass  # a system that does not allow it runs them as equals

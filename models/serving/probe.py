@@ -1,6 +1,6 @@
 """The first load of a file happens in a child process that may crash, hang or eat memory without harm to serving.
 
-The child (`probe_start`, `probe_child`) gets JSON on standard input, bounds itself, loads the file, checks it against what its
+The child (`probe_child`) gets JSON on standard input, bounds itself, loads the file, checks it against what its
 manifest promises, runs it, and answers one line of JSON. Half of a corpus of damaged ONNX files loads and runs without
 complaint, and native crashes are on record: hence a process, and hence the golden outputs. It is no sandbox: a file that takes
 the child over can read what this user may read, and answer for itself.
@@ -11,16 +11,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 
 import msgspec
 
 from models.engines import EngineOptions
 from models.errors import NotReady
 from models.manifest import Blob, Manifest, Variant
+from models.serving.aside import aside
 from models.serving.confine import environment
+from models.serving.cores import LOADING_NICE, give_way
 from models.serving.probe_child import ProbeLimits, ProbeRequest, Verdict
 
 __all__ = ["ProbeLimits", "ProbeRequest", "Verdict", "file_request", "probe", "probe_files", "try_in_turn"]
@@ -32,6 +37,8 @@ SHARED_SECONDS = 10.0
 MAX_CHILDREN = 2
 """Children at once: each may use a core and the memory of the limits."""
 REAP_SECONDS = 5.0
+LINGER_SECONDS = 1.0
+"""Between the end of its output and that of the child."""
 _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGFPE}
 """Deaths that the file itself causes. SIGKILL may be the system short of memory, SIGABRT an allocation that failed."""
 
@@ -90,66 +97,94 @@ async def try_in_turn(requests: Sequence[ProbeRequest], patience: float) -> tupl
 
     Fewer answers than requests: the first without one is what ended the child. `patience`: seconds, for each file.
     """
+    child = _start()
     try:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "models.serving.probe_start",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env=environment(), limit=MAX_ANSWER_BYTES,
+        return await aside(lambda: _talk(child, requests, patience))
+    finally:
+        # Nobody waits any more, or it has ended: the thread takes it off the table.
+        child.kill()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A child that steps aside for whoever serves. In the loop, which it holds up for a millisecond: the interpreter is held
+    until the child runs its own program, and a thread that gives way to others would hold it longer.
+
+    Not by the loop, which forks: that copies the page tables of all this process has mapped, and stops gRPC's threads first.
+    """
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "models.serving.probe_child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
         )  # fmt: skip
     except OSError as error:
         raise NotReady(f"no process could be started to probe the file: {error}") from error
+    # From outside: starting the interpreter is half of the child's work.
+    give_way(LOADING_NICE, child.pid)
+    return child
+
+
+def _talk(
+    child: subprocess.Popen[bytes], requests: Sequence[ProbeRequest], patience: float
+) -> tuple[list[Verdict], Verdict | None]:
+    """In a thread: the whole conversation, to the end of the child."""
+    assert child.stdin is not None
+    assert child.stdout is not None
     answers: list[Verdict] = []
-    try:
-        await asyncio.wait_for(_send(child, msgspec.json.encode(list(requests))), patience)
+    with child.stdout, _Patience(child) as patient:
+        with patient.at_most(patience), suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(msgspec.json.encode(list(requests)))
         for request in requests:
-            seconds = min(patience, request.limits.wall_seconds)
-            answers.append(await asyncio.wait_for(_answer(child), seconds))
-        await asyncio.wait_for(child.wait(), patience)
-    except TimeoutError:
+            with patient.at_most(min(patience, request.limits.wall_seconds)):
+                line = child.stdout.readline(MAX_ANSWER_BYTES)
+            try:
+                answers.append(msgspec.json.decode(line, type=Verdict))
+            except msgspec.MsgspecError:
+                if not patient.lost and _ended(child) in (0, None):
+                    return answers, Verdict(False, "the probe gave no readable answer", final=False)
+                break
+        else:
+            with patient.at_most(patience):
+                child.wait()
+    if patient.lost:
         return answers, Verdict(False, f"the probe was stopped after {patience:g} s", final=False)
-    except msgspec.MsgspecError:
-        if await _ended(child) == 0:
-            return answers, Verdict(False, "the probe gave no readable answer", final=False)
-    finally:
-        await _reap(child)
     return answers, _ending(child.returncode)
 
 
-async def _send(child: asyncio.subprocess.Process, request: bytes) -> None:
-    assert child.stdin is not None
-    try:
-        child.stdin.write(request)
-        await child.stdin.drain()
-        child.stdin.close()
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # it died early: its exit status says how
-
-
-async def _answer(child: asyncio.subprocess.Process) -> Verdict:
-    """The next verdict. Raises MsgspecError when there is none to read."""
-    assert child.stdout is not None
-    try:
-        line = await child.stdout.readline()
-    except ValueError:
-        line = b""  # more than MAX_ANSWER_BYTES without a line end
-    return msgspec.json.decode(line, type=Verdict)
-
-
-async def _ended(child: asyncio.subprocess.Process) -> int | None:
+def _ended(child: subprocess.Popen[bytes]) -> int | None:
     """Its exit status, which follows the end of its output at once; None when it stays."""
     try:
-        return await asyncio.wait_for(child.wait(), REAP_SECONDS)
-    except TimeoutError:
+        return child.wait(LINGER_SECONDS)
+    except subprocess.TimeoutExpired:
         return None
 
 
-async def _reap(child: asyncio.subprocess.Process) -> None:
-    if child.returncode is None:
+class _Patience:
+    """Ends a child that keeps its reader waiting. `lost`: that has happened. Left, it has been reaped."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self.lost = False
+
+    def __enter__(self) -> _Patience:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.wait(REAP_SECONDS)
+
+    @contextmanager
+    def at_most(self, seconds: float) -> Iterator[None]:
+        timer = Timer(seconds, self._lose)
+        timer.daemon = True
+        timer.start()
         try:
-            child.kill()
-        except ProcessLookupError:
-            pass  # ended between the two lines
-        await asyncio.wait_for(child.wait(), REAP_SECONDS)
+            yield
+        finally:
+            timer.cancel()
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._child.kill()
 
 
 def _ending(status: int | None) -> Verdict | None:

@@ -118,3 +118,9 @@ def main() -> None:
     for request, limit in zip(requests, memory, strict=True):
         bound_next(limit, request.limits.cpu_seconds)
         os.write(answers, msgspec.json.encode(try_file(request)) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
+    # Native teardown is skipped: a crash in it would say nothing about the file's answers.
+    os._exit(0)

@@ -57,20 +57,24 @@ def cores() -> tuple[set[int], set[int]] | None:
 
 
 @contextmanager
-def apart(pid: int) -> Iterator[None]:
-    """While this lasts a server's tree has one core, and this process with whatever it starts has another."""
+def apart(pid: int, *others: int) -> Iterator[None]:
+    """While this lasts a server's tree has one core; this process with whatever it starts, and the trees of `others`, have
+    another."""
     split = cores()
     if split is None:
         yield
         return
     everywhere = os.sched_getaffinity(0)
     _pin(pid, split[0])
+    for other in others:
+        _pin(other, split[1])
     os.sched_setaffinity(0, split[1])
     try:
         yield
     finally:
         os.sched_setaffinity(0, everywhere)
-        _pin(pid, everywhere)
+        for each in (pid, *others):
+            _pin(each, everywhere)
 
 
 @contextmanager
