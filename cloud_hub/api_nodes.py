@@ -103,7 +103,7 @@ async def get_node(node_id: str, hub: OpenHub) -> NodeDetail:
 
 
 def _describe(records: Records, member: Member, now: float) -> NodeDetail:
-    issued = {document.kind: document for document in wanted_by(records, member)}
+    issued = {document.kind: document for document in wanted_by(records, [member])[0]}
     documents = {kind: _document(member, document, now) for kind, document in issued.items()}
     return NodeDetail(
         id=member.node.id,

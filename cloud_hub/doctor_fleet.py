@@ -23,8 +23,8 @@ def check_in_sync(subject: HubSubject) -> Finding:
     now, behind, refused = subject.clock.wall(), list[str](), list[str]()
     with subject.records() as records:
         members = records.members()
-        for member in members:
-            for issued in wanted_by(records, member):
+        for member, documents in zip(members, wanted_by(records, members), strict=True):
+            for issued in documents:
                 sync, why = sync_of(member.standing(issued.kind, issued, now))
                 if sync == Sync.REFUSED:
                     refused.append(f"{member.node.id} refuses {issued.kind} {issued.revision}: {why}")

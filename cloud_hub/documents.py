@@ -70,6 +70,7 @@ class Documents:
         deployments = records.deployments()
         assignments: dict[PackageRef, Assignment] = {}
         found = []
+        records.foresee(("desired",), {node_scope(node.id) for node in nodes})
         for node in nodes:
             issued, changed = self._desired_of(records, node, deployments, assignments)
             if issued is not None and changed:
@@ -79,6 +80,10 @@ class Documents:
     def settings(self, records: Records, nodes: Sequence[Node]) -> list[Issued]:
         """Bring the settings of each node up to date: its own, else its tenant's; the ones that changed."""
         found = []
+        nodes_and_tenants = {
+            scope for node in nodes for scope in (node_scope(node.id), tenant_scope(tenant_of(node.id)))
+        }
+        records.foresee(("settings",), nodes_and_tenants)
         for node in nodes:
             own = records.document("settings", node_scope(node.id))
             if own is not None and msgspec.json.decode(own.body, type=_Origin).of == "node":
@@ -102,6 +107,7 @@ class Documents:
         Raises Conflict for two equally specific targets.
         """
         targets, found = records.software.targets(), []
+        records.foresee(("software",), {node_scope(node.id) for node in nodes})
         for node in nodes:
             if node.tier not in UPGRADED:
                 continue

@@ -146,8 +146,7 @@ class Fleet:
 
     def _store(self, batch: Iterable[Observation]) -> None:
         with self._storage.write() as records:
-            for observation in batch:
-                records.observe(observation)
+            records.observe(*batch)
 
 
 def _check_bounds(reported: Reported) -> None:

@@ -30,6 +30,7 @@ BURST = 100
 """Documents sent before pausing `PAUSE_SECONDS`: a fleet coming back must not starve a policy that is pushed meanwhile."""
 PAUSE_SECONDS = 0.05
 ORDER = ("policy", "settings", "desired", "software")
+"""Kinds of documents, as they are said to a broker that may have forgotten everything."""
 
 log = logging.getLogger(__name__)
 
@@ -285,11 +286,15 @@ def topic_of(document: Issued) -> str | None:
     return None
 
 
-def wanted_by(records: Records, member: Member) -> list[Issued]:
-    """The newest documents that speak to a node."""
-    node, tenant = node_scope(member.node.id), tenant_scope(tenant_of(member.node.id))
-    scopes = (("desired", node), ("settings", node), ("software", node), ("policy", tenant))
-    return [document for kind, scope in scopes if (document := records.document(kind, scope)) is not None]
+def wanted_by(records: Records, members: Sequence[Member]) -> list[list[Issued]]:
+    """The newest documents that speak to each of some nodes."""
+    scopes = [(node_scope(member.node.id), tenant_scope(tenant_of(member.node.id))) for member in members]
+    documents = records.documents_of(ORDER, {scope for pair in scopes for scope in pair})
+    found = []
+    for node, tenant in scopes:
+        wanted = (("desired", node), ("settings", node), ("software", node), ("policy", tenant))
+        found.append([documents[key] for key in wanted if key in documents])
+    return found
 
 
 def _compare(
@@ -298,15 +303,13 @@ def _compare(
     """What nodes have not seen, and what of ours they have seen overtaken (with the revision they saw)."""
     missing: list[tuple[str, Issued]] = []
     burnt: list[tuple[Issued, int]] = []
-    for node_id in node_ids:
-        member = records.member(node_id)
-        if member is None:
-            continue
-        for document in wanted_by(records, member):
+    members = records.members_named(node_ids)
+    for member, documents in zip(members, wanted_by(records, members), strict=True):
+        for document in documents:
             standing = member.standing(document.kind, document, now)
             seen = burnt_revision(standing)
             if seen is not None:
                 burnt.append((document, seen))
             elif must_resend(standing):
-                missing.append((node_id, document))
+                missing.append((member.node.id, document))
     return missing, burnt

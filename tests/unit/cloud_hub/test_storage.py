@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 
-from cloud_hub.records import Observation, Package
+from cloud_hub.records import MAX_NAMED, Issued, Observation, Package
 from cloud_hub.rollout import Deployment, Node, PackageRef
 from cloud_hub.storage import Storage
 from cloud_hub.tables import Table
@@ -106,5 +106,45 @@ def test_a_node_that_left_keeps_the_time_when_it_left(storage: Storage) -> None:
 
 def test_a_stranger_leaves_no_trace(storage: Storage) -> None:
     with storage.write() as records:
-        assert records.observe(Observation("acme.stranger", 1.0, state="ready")) is False
+        assert records.observe(Observation("acme.stranger", 1.0, state="ready")) == 0
         assert records.members() == []
+
+
+def issued(scope: str, revision: int = 1, kind: str = "desired") -> Issued:
+    return Issued(kind, scope, revision, 0, "k", "sha256:d", b"{}", b"{}", 1.0)
+
+
+def test_documents_are_found_by_any_number_of_scopes(storage: Storage) -> None:
+    scopes = [f"node:t.n{number}" for number in range(MAX_NAMED + 1)]
+    with storage.write() as records:
+        for scope in scopes:
+            records.put_document(issued(scope))
+        records.put_document(issued(scopes[0], kind="settings"))
+    with storage.read() as records:
+        assert set(records.documents_of(("desired",), [*scopes, "node:t.other"])) == {
+            ("desired", each) for each in scopes
+        }
+
+
+def test_what_was_foreseen_is_never_older_than_what_was_written(storage: Storage) -> None:
+    with storage.write() as records:
+        records.put_document(issued("node:t.old"))
+    with storage.write() as records:
+        records.foresee(("desired",), ["node:t.old", "node:t.new", "node:t.gone"])
+        assert records.document("desired", "node:t.new") is None
+        for scope in ("node:t.old", "node:t.new", "node:t.gone"):
+            records.put_document(issued(scope, 2))
+        records.drop_documents("node:t.gone")
+        records.burn("desired", "node:t.old", 7)
+        found = [records.document("desired", f"node:t.{name}") for name in ("old", "new", "gone")]
+    assert [each and (each.revision, each.floor) for each in found] == [(2, 7), (2, 0), None]
+
+
+def test_nodes_that_speak_at_once_are_remembered_in_order(storage: Storage) -> None:
+    with storage.write() as records:
+        for name in ("a", "b"):
+            records.add_node(Node(f"t.{name}", "edge", {}), name, name, 1.0)
+        said = [Observation("t.b", 5.0, state="ready"), Observation("t.x", 5.0, state="ready")]
+        assert records.observe(*said, Observation("t.b", 6.0, state="sleeping")) == 2
+        members = records.members_named(["t.b", "t.a", "t.x"])
+    assert [(each.node.id, each.state, each.seen) for each in members] == [("t.a", "", 0.0), ("t.b", "sleeping", 6.0)]
