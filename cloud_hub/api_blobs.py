@@ -11,11 +11,13 @@ import msgspec
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from cloud_hub.api_context import OpenHub
+from cloud_hub.api_context import OpenHub, Sender
 from cloud_hub.api_types import BlobStored, ErrorBody
-from cloud_hub.blobs import MAX_BLOB_BYTES, Blobs
+from cloud_hub.auth import Role
+from cloud_hub.blobs import MAX_BLOB_BYTES
 from cloud_hub.deltas import RETRY_SECONDS, Pending
 from cloud_hub.gate import next_piece
+from cloud_hub.shares import SharedFile
 from models.errors import InvalidRequest, NotFound, TooLarge
 
 router = APIRouter(tags=["files"])
@@ -57,16 +59,20 @@ async def head_blob(digest: str, hub: OpenHub) -> Response:
 @router.get(
     "/blobs/{digest}",
     response_class=StreamingResponse,
-    responses={206: {"description": "the range asked for"}, 416: {"model": ErrorBody}},
+    responses={206: {"description": "the range asked for"}, 416: {"model": ErrorBody}, 429: {"model": ErrorBody}},
 )
 async def get_blob(
     digest: str,
     hub: OpenHub,
+    who: Sender,
     range_: Annotated[str | None, Header(alias="range")] = None,
     if_range: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """A file, or one range of it (RFC 9110, section 14). A digest's content never changes, so the digest is the ETag."""
+    """A file, or one range of it (RFC 9110, section 14). A digest's content never changes, so the digest is the ETag.
+
+    429 with Retry-After while as many are sent as may be, to this node or in all.
+    """
     blobs = hub.blobs
     size = await blobs.size(digest)
     if size is None:
@@ -79,9 +85,7 @@ async def get_blob(
     if if_none_match == etag:
         return Response(status_code=304, headers=headers)
     asked = parse_range(range_, size) if if_range in (None, etag) else None
-    if asked is None:
-        return _stream(blobs, digest, 0, size, 200, headers)
-    start, end = asked
+    start, end = asked or (0, size)
     if start >= end:
         return Response(
             b'{"error":"the range starts past the end of the file"}',
@@ -89,12 +93,10 @@ async def get_blob(
             {"content-range": f"bytes */{size}"},
             "application/json",
         )
-    return _stream(blobs, digest, start, end, 206, {**headers, "content-range": f"bytes {start}-{end - 1}/{size}"})
-
-
-def _stream(blobs: Blobs, digest: str, start: int, end: int, status: int, headers: dict[str, str]) -> Response:
-    headers = {**headers, "content-length": str(end - start)}
-    return StreamingResponse(blobs.read(digest, start, end), status, headers, "application/octet-stream")
+    if asked is not None:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
+    status = 200 if asked is None else 206
+    return SharedFile(hub.shares, who, end - start, blobs.read(digest, start, end), status, headers)
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -113,16 +115,21 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return int(first), min(int(last) + 1, size) if last else size
 
 
-@router.get("/deltas/{digest}", response_class=Response, responses={503: {"description": "it is being made"}})
+@router.get(
+    "/deltas/{digest}",
+    response_class=Response,
+    responses={429: {"model": ErrorBody}, 503: {"description": "it is being made"}},
+)
 async def get_delta(
-    digest: str, hub: OpenHub, from_: Annotated[str, Query(alias="from", max_length=2_000)]
+    digest: str, hub: OpenHub, who: Sender, from_: Annotated[str, Query(alias="from", max_length=2_000)]
 ) -> Response:
     """Which delta makes this file from one of `from`, digests with commas between: {base, delta, size}. 404: none does.
 
-    The delta itself is the blob `delta`.
+    The delta itself is the blob `delta`. 429 while others that this node asked for are being made.
     """
+    asker = None if who.role is Role.ADMIN else who.name
     try:
-        offer = await hub.deltas.offer(digest, from_.split(","))
+        offer = await hub.deltas.offer(digest, from_.split(","), asker)
     except Pending as error:
         body = msgspec.json.encode({"error": str(error)})
         return Response(body, 503, {"retry-after": str(RETRY_SECONDS)}, "application/json")

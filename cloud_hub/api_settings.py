@@ -11,14 +11,14 @@ from fastapi import APIRouter, Request
 
 from cloud_hub.api_context import OpenHub
 from cloud_hub.api_types import Name, SettingsOut, SettingsStored
-from cloud_hub.documents import node_scope, tenant_scope
+from cloud_hub.documents import node_scope, settings_of, tenant_scope
 from cloud_hub.hub import Hub
 from cloud_hub.records import Issued
 from models.errors import InvalidRequest, NotFound, TooLarge
 from models.serving.quality import Rules, read_rules
 from sync.errors import Malformed
-from sync.settings import Settings, decode_settings
-from sync.states import DEADLINES
+from sync.settings import Settings, decode_settings, too_short
+from sync.states import DEADLINES, MIN_DEADLINES
 from sync.topics import tenant_of
 from sync.windows import Window
 
@@ -78,15 +78,49 @@ async def get_node_settings(node_id: str, hub: OpenHub) -> SettingsOut:
     return await _read(hub, node_scope(node_id))
 
 
+@router.delete("/{tenant}")
+async def delete_settings(tenant: Name, hub: OpenHub) -> SettingsOut:
+    """Its nodes that have none of their own then go by their own configuration. 404 when nothing was set."""
+
+    def remove() -> tuple[Issued, list[Issued]]:
+        with hub.storage.write() as records:
+            issued = hub.documents.remove_settings(records, tenant_scope(tenant))
+            nodes = [node for node in records.nodes() if tenant_of(node.id) == tenant]
+            return issued, hub.documents.settings(records, nodes)
+
+    issued, changed = await asyncio.to_thread(remove)
+    hub.publisher.send(changed)
+    return _out(issued)
+
+
+@router.delete("/nodes/{node_id}")
+async def delete_node_settings(node_id: str, hub: OpenHub) -> SettingsOut:
+    """The node then has its tenant's: they are the answer. 404 when nothing was set for this node alone."""
+
+    def remove() -> Issued:
+        with hub.storage.write() as records:
+            if records.member(node_id) is None:
+                raise NotFound(f"no node {node_id!r}")
+            return hub.documents.remove_settings(records, node_scope(node_id))
+
+    issued = await asyncio.to_thread(remove)
+    hub.publisher.send([issued])
+    return _out(issued)
+
+
 async def _read(hub: Hub, scope: str) -> SettingsOut:
     def read() -> Issued | None:
         with hub.storage.read() as records:
             return records.document("settings", scope)
 
     issued = await asyncio.to_thread(read)
-    if issued is None:
+    if issued is None or settings_of(issued) == "none":
         raise NotFound(f"there are no settings for {scope}: the nodes' own apply")
-    return SettingsOut(scope=scope, revision=issued.revision, settings=msgspec.json.decode(issued.body))
+    return _out(issued)
+
+
+def _out(issued: Issued) -> SettingsOut:
+    return SettingsOut(scope=issued.scope, revision=issued.revision, settings=msgspec.json.decode(issued.body))
 
 
 def checked(body: bytes) -> Mapping[str, object]:
@@ -103,6 +137,9 @@ def checked(body: bytes) -> Mapping[str, object]:
         _check_names(f"windows[{index}].", window, Window)
     _check_names("deadlines.", _of(given, "deadlines"), DEADLINES)
     _check_names("quality.", _of(given, "quality"), Rules)
+    for state, seconds in too_short(settings).items():
+        least = MIN_DEADLINES[state]
+        raise InvalidRequest(f"deadlines.{state}: {seconds:g} s is too short for any update, at least {least:g} s")
     read_rules(settings.quality)
     return given
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ from cloud_hub.api_context import OpenHub
 from cloud_hub.api_types import ErrorBody, Health, Readiness
 from cloud_hub.gate import Application, Gate, status_of
 from cloud_hub.hub import Hub
-from models.errors import InvalidRequest, TierlineError
+from models.errors import InvalidRequest, Overloaded, TierlineError
 from models.manifest import Manifest
 from models.policy import Policy
 from sync.errors import SyncError
@@ -108,7 +109,8 @@ def create_app(hub: Hub) -> Application:
 
 
 async def _answer(_request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": str(error)}, status_of(error))
+    again = {"retry-after": str(ceil(error.retry_after))} if isinstance(error, Overloaded) else None
+    return JSONResponse({"error": str(error)}, status_of(error), again)
 
 
 async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:

@@ -21,19 +21,21 @@ from models.serving.process import port_number
 from sync.errors import SyncError
 
 IDENTITY_HELP = (
-    "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor; "
-    "each has --help."
+    "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor | settings | "
+    "deployments; each has --help."
 )
 DEFAULT_HUB = "http://127.0.0.1:8080"
 MAX_POLICY_FILE = 1024 * 1024
 
 
 def hub(argv: Sequence[str]) -> int:
-    """Run the hub, or speak to a running one about identities."""
-    from cloud_hub.identity_cli import IDENTITY_COMMANDS  # which stands on this module
+    """Run the hub, or speak to a running one about identities, settings and deployments."""
+    from cloud_hub.fleet_cli import FLEET_COMMANDS  # which stand on this module
+    from cloud_hub.identity_cli import IDENTITY_COMMANDS
 
-    if argv and argv[0] in IDENTITY_COMMANDS:
-        return IDENTITY_COMMANDS[argv[0]](argv[1:])
+    commands = {**IDENTITY_COMMANDS, **FLEET_COMMANDS}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         prog="tierline hub", description="Run the hub until it is told to stop.", epilog=IDENTITY_HELP
     )

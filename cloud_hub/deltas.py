@@ -15,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from cloud_hub.blobs import CHUNK_BYTES, Blobs
-from models.errors import InvalidRequest, TryAgain
+from models.errors import InvalidRequest, Overloaded, TryAgain
 from sync.delta import Offer
 from sync.errors import Malformed
 from sync.trust import check_digest
@@ -36,6 +37,9 @@ MAX_BASES = 16
 TRIES = 2
 """Bases that are tried for one question, the closest in size first."""
 MAX_WAITING = 32
+NODE_WAITING = 4
+"""Of those, that one node asked for first: the worker makes one at a time, up to `CHILD_SECONDS` each, in the order asked.
+Twice what a node fetches at once: it does not wait for a delta to the end."""
 CHILD_SECONDS = 300.0
 RETRY_SECONDS = 2
 """When to ask again while a delta is being made."""
@@ -55,6 +59,13 @@ class Made(msgspec.Struct, frozen=True):
     size: int = 0
 
 
+class _Asked(NamedTuple):
+    """`size`: of the file to be made. `asker`: the node that asked first."""
+
+    size: int
+    asker: str | None
+
+
 class Deltas:
     """`blob_path`: where a file lies. `approved`: digest -> size, of those given that are approved; called in a thread."""
 
@@ -67,11 +78,14 @@ class Deltas:
         self._folder = folder
         self._blob_path = blob_path
         self._approved = approved
-        self._waiting: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._waiting: OrderedDict[tuple[str, str], _Asked] = OrderedDict()
         self._wake = asyncio.Event()
 
-    async def offer(self, target: str, bases: Sequence[str]) -> Offer | None:
-        """The delta to use, None when the whole file is the better way. Raises InvalidRequest, Pending."""
+    async def offer(self, target: str, bases: Sequence[str], asker: str | None = None) -> Offer | None:
+        """The delta to use, None when the whole file is the better way. `asker`: the node, None = nobody to be limited.
+
+        Raises InvalidRequest, Pending, and Overloaded while the node waits for others.
+        """
         if len(bases) > MAX_BASES:
             raise InvalidRequest(f"from: {len(bases)} given, at most {MAX_BASES} are accepted")
         try:
@@ -83,7 +97,7 @@ class Deltas:
         for base in _closest(target, bases, sizes)[:TRIES]:
             made = await asyncio.to_thread(self._recall, base, target)
             if made is None:
-                self._ask(base, target, sizes[target])
+                self._ask(base, target, _Asked(sizes[target], asker))
                 return None
             if made.delta and await self.blobs.size(made.delta) == made.size:
                 return Offer(base, made.delta, made.size)
@@ -95,9 +109,9 @@ class Deltas:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            (base, target), size = next(iter(self._waiting.items()))
+            (base, target), asked = next(iter(self._waiting.items()))
             try:
-                made = await self._make(base, target, size)
+                made = await self._make(base, target, asked.size)
             except (OSError, TryAgain, InvalidRequest) as error:
                 log.warning("no delta to %s: %s", target, error)
                 made = Made()
@@ -108,12 +122,15 @@ class Deltas:
             finally:
                 self._waiting.pop((base, target), None)
 
-    def _ask(self, base: str, target: str, size: int) -> None:
-        """Have it made. Raises Pending, unless too many wait already."""
+    def _ask(self, base: str, target: str, asked: _Asked) -> None:
+        """Have it made. Raises Pending, unless too many wait already; Overloaded when too many of them are this node's."""
         if (base, target) not in self._waiting:
             if len(self._waiting) >= MAX_WAITING:
                 return  # the whole file, then
-            self._waiting[base, target] = size
+            own = sum(waits.asker == asked.asker for waits in self._waiting.values())
+            if asked.asker is not None and own >= NODE_WAITING:
+                raise Overloaded(f"{own} deltas that this node asked for are not made yet", RETRY_SECONDS)
+            self._waiting[base, target] = asked
             self._wake.set()
         raise Pending("the delta is being made")
 

@@ -40,9 +40,19 @@ def tenant_scope(tenant: str) -> str:
 
 
 class _Origin(msgspec.Struct, frozen=True):
-    """`of`: whose settings a body holds, `tenant` or `node`; nodes ignore the field."""
+    """`of`: whose settings a body holds, `tenant`, `node` or `none`; nodes ignore the field."""
 
     of: str = "tenant"
+
+
+NO_SETTINGS = b'{"of":"none"}'
+"""What is said where settings were removed. A document that went away would leave its nodes with what it said, and the next
+one would begin again with a revision that they refuse."""
+
+
+def settings_of(issued: Issued) -> str:
+    """Whose settings a document of that kind holds: `tenant`, `node` or `none`."""
+    return msgspec.json.decode(issued.body, type=_Origin).of
 
 
 class Documents:
@@ -86,10 +96,10 @@ class Documents:
         records.foresee(("settings",), nodes_and_tenants)
         for node in nodes:
             own = records.document("settings", node_scope(node.id))
-            if own is not None and msgspec.json.decode(own.body, type=_Origin).of == "node":
+            if own is not None and settings_of(own) == "node":
                 continue
             tenant = records.document("settings", tenant_scope(tenant_of(node.id)))
-            if tenant is not None:
+            if tenant is not None and (own is not None or settings_of(tenant) != "none"):
                 issued, changed = self._issue(records, "settings", node_scope(node.id), tenant.body, ())
                 if changed:
                     found.append(issued)
@@ -100,6 +110,15 @@ class Documents:
         what, _, _ = scope.partition(":")
         body = msgspec.json.encode({**given, "of": what}, order="sorted")
         return self._issue(records, "settings", scope, body, ())[0]
+
+    def remove_settings(self, records: Records, scope: str) -> Issued:
+        """Take back what was set for a tenant, or for one node, which then has its tenant's. Raises NotFound."""
+        what, _, name = scope.partition(":")
+        old = records.document("settings", scope)
+        if old is None or settings_of(old) != what:
+            raise NotFound(f"no settings were set for {scope}")
+        tenant = records.document("settings", tenant_scope(tenant_of(name))) if what == "node" else None
+        return self._issue(records, "settings", scope, tenant.body if tenant is not None else NO_SETTINGS, ())[0]
 
     def software(self, records: Records, nodes: Sequence[Node]) -> list[Issued]:
         """Bring each edge node's software document up to date; the ones that changed. Without a target it keeps what it has.

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,6 +29,7 @@ from cloud_hub.keys import open_keys
 from cloud_hub.kick import Kick, Kicker
 from cloud_hub.publisher import Publisher
 from cloud_hub.registry import Registry
+from cloud_hub.shares import Shares
 from cloud_hub.software import SoftwareShelf
 from cloud_hub.storage import Storage
 from cloud_hub.tuf_repository import Repository
@@ -71,6 +72,7 @@ class Hub:
     kicker: Kicker
     broker_password_hash: str | None = None
     renew_own: Callable[[], None] = lambda: None
+    shares: Shares = field(default_factory=Shares)
 
     @property
     def root(self) -> bytes:

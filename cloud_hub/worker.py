@@ -20,7 +20,7 @@ from models.errors import TierlineError
 from models.serving.assembly import Listening, caching, serving
 from models.serving.http.server import HttpServer
 from models.serving.local import Local
-from models.serving.meter.sources import watch_outbox
+from models.serving.meter.delivery import watch_member
 from models.serving.policy_book import PolicyBook
 from models.serving.process import MAX_PORT, announce, configure_logging, port_number, run_until_stopped
 from models.serving.quality_watch import QualityWatch
@@ -84,7 +84,7 @@ async def cloud_worker(config: WorkerConfig) -> AsyncIterator[HttpServer]:
                 local=local,
                 cache=cache,
                 ready=repository.is_settled,
-                watch=lambda registry: watch_outbox(registry, member.outbox),
+                watch=lambda registry: watch_member(registry, member),
             ) as served,
         ):
             offer_doctor(member, "cloud_hub.worker_doctor", config, repository.running)

@@ -44,7 +44,8 @@ _RANGE = re.compile(rb"bytes=(\d{1,19})-(\d{0,19})")
 class BlobMirror:
     """HTTP handlers for `/blobs/{digest}` (with Range), `/deltas/{digest}` and `/tuf/{name}`.
 
-    `counts`: hits, misses, fetched, refused.
+    `counts`: questions for files, as hits and misses; files fetched for them; coming, busy: devices asked to come back because
+    their file, or too many others, were on the way here.
     """
 
     def __init__(
@@ -63,6 +64,20 @@ class BlobMirror:
         self._shares = Shares(settings or MirrorSettings(), monotonic)
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._absent: OrderedDict[str, float] = OrderedDict()
+
+    @property
+    def sent(self) -> int:
+        """Bytes of files that devices were sent."""
+        return self._shares.sent
+
+    @property
+    def downloads(self) -> int:
+        """Of devices, under way."""
+        return self._shares.running
+
+    def refusals(self) -> Mapping[str, int]:
+        """Why devices were asked to come back, and how often."""
+        return {**self._shares.refused, **{why: self.counts[why] for why in ("coming", "busy")}}
 
     @property
     def routes(self) -> Mapping[str, Handler]:
@@ -98,9 +113,6 @@ class BlobMirror:
             size = path.stat().st_size
         except (Absent, Malformed) as error:
             raise NotFound(f"no such file: {error}") from error
-        except Overloaded:
-            self.counts["refused"] += 1
-            raise
         except (SyncError, OSError) as error:
             raise Unreachable(f"file not here and not to be had now: {error}") from error
         return self._answer(request, digest, FileBody(path, 0, size))
@@ -131,6 +143,7 @@ class BlobMirror:
         self._check_absent(digest)
         if digest not in self._coming:
             if len(self._coming) >= MAX_FETCHES:
+                self.counts["busy"] += 1
                 raise Overloaded(f"{MAX_FETCHES} files are being fetched for devices", RETRY_SECONDS)
             coming = asyncio.create_task(self._fetch(digest), name="mirror")
             self._coming[digest] = coming
@@ -138,6 +151,7 @@ class BlobMirror:
         coming = self._coming[digest]
         await asyncio.wait({coming}, timeout=ANSWER_SECONDS)
         if not coming.done():
+            self.counts["coming"] += 1
             raise Overloaded("the file is on its way here", RETRY_SECONDS)
         if coming.cancelled():
             raise Unreachable("this node is stopping")
@@ -188,11 +202,7 @@ class BlobMirror:
     def _shared(self, request: HttpRequest, body: FileBody) -> FileBody:
         if request.method == "HEAD":
             return body
-        try:
-            return FileBody(body.path, body.offset, body.length, self._shares.take(request.peer))
-        except Overloaded:
-            self.counts["refused"] += 1
-            raise
+        return FileBody(body.path, body.offset, body.length, self._shares.take(request.peer))
 
 
 def _matches(header: bytes | None, etag: str, *, absent: bool) -> bool:

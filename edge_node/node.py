@@ -22,7 +22,8 @@ from models.engines import available_engines
 from models.serving.assembly import caching, serving
 from models.serving.http.server import HttpServer
 from models.serving.local import Local
-from models.serving.meter.sources import watch_outbox
+from models.serving.meter.delivery import watch_member, watch_mirror
+from models.serving.meter.registry import Registry
 from models.serving.policy_book import PolicyBook
 from models.serving.predictor import Predictor
 from models.serving.quality_watch import QualityWatch
@@ -100,7 +101,7 @@ async def edge_node(config: EdgeConfig, upgrade: Upgrade | None = None) -> Async
                     cache=cache,
                     ready=repository.is_settled,
                     extra={**mirror.routes, **LocalControl(member).routes},
-                    watch=lambda registry: watch_outbox(registry, member.outbox),
+                    watch=lambda registry: _watch(registry, member, mirror),
                 ) as served,
             ):
                 upgrade.joined(lambda: member.connected, lambda: bool(repository.running()))
@@ -110,6 +111,11 @@ async def edge_node(config: EdgeConfig, upgrade: Upgrade | None = None) -> Async
         await watched.close()
         await local.close()
         await repository.close()
+
+
+def _watch(registry: Registry, member: Member, mirror: BlobMirror) -> None:
+    watch_member(registry, member)
+    watch_mirror(registry, mirror)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +51,11 @@ class Share:
 
 
 class Shares:
+    """`sent`: bytes to all devices. `refused`, by what had been used up: bytes, device_slots, slots."""
+
     def __init__(self, settings: MirrorSettings, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.sent = 0
+        self.refused: Counter[str] = Counter()
         self._settings = settings
         self._monotonic = monotonic
         self._devices: dict[str, _Device] = {}
@@ -70,14 +75,17 @@ class Shares:
         """A download slot. Raises Overloaded, saying when to come back."""
         device, settings = self._check(peer), self._settings
         if device.running >= settings.device_slots:
+            self.refused["device_slots"] += 1
             raise Overloaded(f"this device has {device.running} downloads under way", SLOT_SECONDS)
         if self._running >= settings.slots:
+            self.refused["slots"] += 1
             raise Overloaded(f"{self._running} downloads are under way", SLOT_SECONDS)
         device.running += 1
         self._running += 1
 
         def count(size: int) -> None:
             device.used += size
+            self.sent += size
 
         share = Share(count)
         weakref.finalize(share, self._release, device)
@@ -96,6 +104,7 @@ class Shares:
         now, rate = self._monotonic(), settings.window_bytes / settings.window_seconds
         device.used, device.at = max(0.0, device.used - (now - device.at) * rate), now
         if device.used >= settings.window_bytes:
+            self.refused["bytes"] += 1
             # Until a tenth of the window is free again: coming back for a single byte would be of no use.
             raise Overloaded(
                 f"this device has had its {settings.window_bytes} bytes of {settings.window_seconds:g} s",

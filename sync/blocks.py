@@ -181,6 +181,8 @@ class BlockRead:
     """Called in a thread of its own, except `stop`."""
 
     def __init__(self, blocks: Blocks, path: str) -> None:
+        self.received = 0
+        self.resumed = False
         self._blocks = blocks
         self._path = path
         self._stopped = Event()
@@ -210,6 +212,7 @@ class BlockRead:
         hasher = sha256()
         if 0 < have <= size:
             part.hash(hasher, have)
+            self.resumed = True
         else:
             have = 0
             part.restart()
@@ -258,6 +261,8 @@ class BlockRead:
         if self._stopped.is_set():
             asked.cancel()
         try:
-            return asked.result(TRIES * BLOCK_SECONDS * WINDOW)
+            block = asked.result(TRIES * BLOCK_SECONDS * WINDOW)
         except (asyncio.CancelledError, CancelledError, TimeoutError) as error:
             raise Unavailable(f"mqtt: {self._why or 'no answer'}") from error
+        self.received += len(block.data)
+        return block

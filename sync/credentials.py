@@ -1,7 +1,7 @@
 """How a node shows who it is: an identity (key and certificate), or a token for evaluation on one machine.
 
     identity/live -> pair-2        the pair in use; changed in one rename
-    identity/pair-1/, pair-2/      key.pem (0600), cert.pem, ca.pem
+    identity/pair-1/, pair-2/      key.pem (0600), cert.pem, ca.pem, hub.json: under which addresses its hub says it answers
     identity/{key,cert,ca}.pem     links into `live`, for programs that want files
 
 The old pair stays until the new one has opened a connection once. A certificate that has expired is still shown: the broker
@@ -13,12 +13,13 @@ from __future__ import annotations
 import secrets
 import shutil
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -34,6 +35,7 @@ from cryptography.x509.oid import NameOID
 from sync.clock import Clock, SystemClock
 from sync.durable import flush, write_new, write_whole
 from sync.errors import InvalidConfig, StoreFailed
+from sync.origin import origins_of
 
 AUDIENCE = "tierline-hub"
 BEARER_SECONDS = 300.0
@@ -41,6 +43,7 @@ BEARER_REUSE_SECONDS = 120.0
 """A bearer token is used for so long and then made anew: most of its life is left for the request it goes with."""
 MAX_PEM_BYTES = 64 * 1024
 FILES = ("key.pem", "cert.pem", "ca.pem")
+HUB = "hub.json"
 PENDING = "joining.pem"
 """The key of a join that is not over: it is shown again when the hub's answer, or the power, was lost."""
 
@@ -50,6 +53,8 @@ class Credentials(Protocol):
 
     @property
     def password(self) -> str | None: ...
+    @property
+    def hub_origins(self) -> tuple[str, ...]: ...
     def bearer(self) -> str: ...
     def link_context(self) -> ssl.SSLContext: ...
     def http_context(self) -> ssl.SSLContext | None: ...
@@ -66,6 +71,10 @@ class TokenCredentials:
     def password(self) -> str | None:
         return self.token
 
+    @property
+    def hub_origins(self) -> tuple[str, ...]:
+        return ()
+
     def bearer(self) -> str:
         return self.token
 
@@ -81,13 +90,21 @@ class TokenCredentials:
 
 @dataclass(frozen=True)
 class Pair:
-    """A key, its certificate and whom it trusts. Times: Unix seconds. `issued` leaves out that certificates are backdated."""
+    """A key, its certificate and whom it trusts. Times: Unix seconds. `issued` leaves out that certificates are backdated.
+
+    `hub_origins`: as `sync.origin` writes them, of the hub that issued it; None = it was kept by a release that did not ask.
+    """
 
     folder: Path
     key: EllipticCurvePrivateKey
     node: str
     not_before: float
     not_after: float
+    hub_origins: tuple[str, ...] | None = None
+
+
+class _Hub(msgspec.Struct, frozen=True):
+    origins: tuple[str, ...]
 
 
 class Identity:
@@ -105,6 +122,11 @@ class Identity:
     @property
     def password(self) -> str | None:
         return None
+
+    @property
+    def hub_origins(self) -> tuple[str, ...]:
+        """Where, besides the URL by which it joined, the hub that issued the certificate said it answers."""
+        return self.pair.hub_origins or ()
 
     @property
     def ca(self) -> Path:
@@ -150,9 +172,11 @@ class Identity:
                 shutil.rmtree(path, ignore_errors=True)
         self._attempts = 0
 
-    def replace(self, key: EllipticCurvePrivateKey, certificate: str, bundle: str) -> None:
+    def replace(
+        self, key: EllipticCurvePrivateKey, certificate: str, bundle: str, hub_urls: Iterable[str] = ()
+    ) -> None:
         """Put a new pair in use, all of it or nothing. Raises StoreFailed."""
-        write_pair(self._folder, key, certificate, bundle)
+        write_pair(self._folder, key, certificate, bundle, hub_urls)
         self.pair = self._read_live()
         self._bearer = ("", 0.0)
         self._attempts = 0
@@ -208,11 +232,29 @@ def read_pair(folder: Path) -> Pair:
         raise InvalidConfig(f"node.identity: {folder}: {error}") from error
     if not isinstance(key, EllipticCurvePrivateKey) or cert.public_key() != key.public_key():
         raise InvalidConfig(f"node.identity: {folder}: the certificate is not that of the key")
-    return Pair(folder, key, str(name), cert.not_valid_before_utc.timestamp(), cert.not_valid_after_utc.timestamp())
+    begin, end = cert.not_valid_before_utc.timestamp(), cert.not_valid_after_utc.timestamp()
+    return Pair(folder, key, str(name), begin, end, _read_origins(folder / HUB))
 
 
-def write_pair(folder: Path, key: EllipticCurvePrivateKey, certificate: str, bundle: str) -> None:
-    """A new pair below `folder`, put in use when all of it is on the disk. Raises StoreFailed."""
+def _read_origins(path: Path) -> tuple[str, ...] | None:
+    """None when it is missing or damaged: renewal brings it again, and no source is shown more for it meanwhile."""
+    try:
+        return origins_of(msgspec.json.decode(_bounded(path), type=_Hub).origins)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def write_pair(
+    folder: Path,
+    key: EllipticCurvePrivateKey,
+    certificate: str,
+    bundle: str,
+    hub_urls: Iterable[str] = (),
+) -> None:
+    """A new pair below `folder`, put in use when all of it is on the disk. Raises StoreFailed.
+
+    `hub_urls`: where the hub that issued the certificate says it is.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         numbers = [_number(path) for path in folder.glob("pair-[0-9]*")]
@@ -221,6 +263,7 @@ def write_pair(folder: Path, key: EllipticCurvePrivateKey, certificate: str, bun
         write_new(pair / "key.pem", private_pem(key), 0o600)
         write_new(pair / "cert.pem", certificate.encode(), 0o644)
         write_new(pair / "ca.pem", bundle.encode(), 0o644)
+        write_new(pair / HUB, msgspec.json.encode(_Hub(origins_of(hub_urls))), 0o644)
         flush(pair)
         flush(folder)
         _point(folder / "live", pair.name)

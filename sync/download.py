@@ -82,11 +82,13 @@ class Download:
     def __init__(
         self,
         url: str,
-        token: str | Callable[[], str] | None,
+        token: str | Callable[[], str | None] | None,
         limits: Limits,
         pace: Pace | None = None,
         route: Route | None = None,
     ) -> None:
+        self.received = 0
+        self.resumed = False
         self._url = url
         self._shared_pace = pace
         self._limits = limits
@@ -111,8 +113,9 @@ class Download:
         Raises Unavailable (what came stays and can be resumed), Mismatch (deleted), StoreFailed.
         """
         have = part.length()
+        self.resumed = 0 < have <= size
         # A wrong start may have come from another source: a source is judged by a whole file of its own.
-        for start in (have, 0) if 0 < have <= size else (0,):
+        for start in (have, 0) if self.resumed else (0,):
             try:
                 self._complete(part, digest, size, start)
                 break
@@ -181,6 +184,7 @@ class Download:
             if not chunk:
                 return
             done += len(chunk)
+            self.received += len(chunk)
             yield chunk
             self._pace(done, len(chunk), began)
 
@@ -189,8 +193,9 @@ class Download:
         headers = dict(self._headers)
         if start or last is not None:
             headers["Range"] = f"bytes={start}-{'' if last is None else last}"
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._bearer(self._token)}"
+        bearer = self._bearer()
+        if bearer is not None:
+            headers["Authorization"] = f"Bearer {bearer}"
         timeout = urllib3.Timeout(connect=self._limits.connect_seconds, read=self._limits.read_seconds)
         try:
             with _pool(self._url, timeout, self._connected, self._route) as pool:
@@ -205,9 +210,9 @@ class Download:
         finally:
             self._disconnected()
 
-    def _bearer(self, token: str | Callable[[], str]) -> str:
+    def _bearer(self) -> str | None:
         try:
-            return token if isinstance(token, str) else token()
+            return self._token() if callable(self._token) else self._token
         except SyncError as error:
             raise Unavailable(f"{self._url}: {error}") from error
 

@@ -104,7 +104,7 @@ def join_hub(
     ahead = SystemClock().wall() - answer.time if answer.time else 0.0
     if answer.trust_name not in _NAMES:
         raise BadSignature(f"the hub wants a file {answer.trust_name[:40]!r} pinned")
-    write_pair(identity, key, answer.certificate, answer.bundle)
+    write_pair(identity, key, answer.certificate, answer.bundle, answer.sources)
     config = folder / CONFIG
     try:
         write_whole(folder / answer.trust_name, answer.trust)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +30,8 @@ from sync.folder_source import SCHEME, FolderRead
 from sync.pace import Pace
 from sync.part import Part, taken
 from sync.store import BlobStore
+from sync.traffic import BLOCKS as OVER_MQTT
+from sync.traffic import DELTA, MEDIUM, METADATA, WHOLE, Counted, Traffic, way_of
 
 ROUNDS = 3
 """How often every source is asked for one file before the caller hears of it (and has its own, longer backoff)."""
@@ -53,14 +54,14 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Source:
     """`url`: base of `/blobs/{digest}` and of signed documents, or file:///folder, or mqtt:. `token`: bearer credential, if it
-    wants one; a function makes it anew for each transfer. `route`: how to get there."""
+    wants one; a function makes it anew for each transfer, or None. `route`: how to get there."""
 
     url: str
-    token: str | Callable[[], str] | None = field(default=None, repr=False)
+    token: str | Callable[[], str | None] | None = field(default=None, repr=False)
     route: Route | None = None
 
 
-class Transfer(Protocol):
+class Transfer(Counted, Protocol):
     """One file of one source, read in a thread. `stop` is called from another one."""
 
     def into(self, part: Part, digest: str, size: int) -> None: ...
@@ -86,8 +87,7 @@ class Fetcher:
         self._blocks: Blocks | None = None
         self.deltas = True
         """Whether sources are asked for deltas."""
-        self.counts: Counter[str] = Counter()
-        """`whole`, `delta`: files brought so; `delta_refused`; `saved`: bytes that deltas saved."""
+        self.traffic = Traffic()
         self._slots = asyncio.Semaphore(MAX_PARALLEL)
         self._running: set[Transfer] = set()
         # Weak: a lock is forgotten when the last call that holds or awaits it is gone, never before.
@@ -106,10 +106,10 @@ class Fetcher:
         lock = self._locks.setdefault(digest, asyncio.Lock())
         async with lock:
             if not self._store.claim(digest):
-                async with self.room_for(digest, size):
-                    if not await self._bring_by_delta(digest, size):
-                        await self._bring(digest, size)
-                        self.counts["whole"] += 1
+                with self.traffic.file():
+                    async with self.room_for(digest, size):
+                        way = DELTA if await self._bring_by_delta(digest, size) else await self._bring(digest, size)
+                self.traffic.files[way] += 1
             return self._store.path(digest)
 
     @property
@@ -136,7 +136,7 @@ class Fetcher:
         Raises Absent when the source does not have it, Unavailable, Malformed when it is longer.
         """
         request = self._request(source, path)
-        return await self._in_thread(request, limit, lambda: request.read(limit))
+        return await self._in_thread(request, limit, lambda: request.read(limit), _way(source, METADATA))
 
     async def size(self, digest: str) -> int:
         """Bytes of a blob as the first source that has it says, unverified. Raises Absent when none has it, Unavailable."""
@@ -144,7 +144,7 @@ class Fetcher:
         for source in self._sources:
             request = self._request(source, f"/blobs/{digest}")
             try:
-                return await self._in_thread(request, 0, request.size)
+                return await self._in_thread(request, 0, request.size, _way(source, METADATA))
             except Unavailable as error:
                 absent, why = absent and isinstance(error, Absent), str(error)
         raise Absent(why) if absent and self._sources else Unavailable(why)
@@ -163,14 +163,13 @@ class Fetcher:
                 return False
             if not self._store.claim(offer.delta):
                 async with self.room_for(offer.delta, offer.size):
-                    await self._bring(offer.delta, offer.size)
+                    await self._bring(offer.delta, offer.size, DELTA)
             await self._make(digest, size, offer)
         except SyncError as error:
-            self.counts["delta_refused"] += 1
+            self.traffic.refused_deltas += 1
             log.warning("a delta was of no use, the whole file is fetched: %s: %s", error.code, error)
             return False
-        self.counts["delta"] += 1
-        self.counts["saved"] += size - offer.size
+        self.traffic.saved += size - offer.size
         return True
 
     async def _offered(self, path: str, bases: Sequence[str], missing: int) -> Offer | None:
@@ -204,7 +203,8 @@ class Fetcher:
 
         await in_daemon(work, "a transfer")
 
-    async def _bring(self, digest: str, size: int) -> None:
+    async def _bring(self, digest: str, size: int, what: str = WHOLE) -> str:
+        """The way it came."""
         good, reasons = list(self._sources), ["no source is configured"]
         mismatch: Mismatch | None = None
         patience = {source.url: BUSY_SECONDS + size / BUSY_RATE for source in good}
@@ -218,7 +218,7 @@ class Fetcher:
                 if source.url == BLOCKS and (early or mismatch is not None):
                     continue
                 try:
-                    return await self._patiently(source, digest, size, patience)
+                    return await self._patiently(source, digest, size, patience, what)
                 except Mismatch as error:
                     mismatch = error
                     good.remove(source)
@@ -230,11 +230,12 @@ class Fetcher:
             raise DigestMismatch(str(mismatch))
         raise Unavailable("; ".join(reasons))
 
-    async def _patiently(self, source: Source, digest: str, size: int, patience: dict[str, float]) -> None:
+    async def _patiently(self, source: Source, digest: str, size: int, patience: dict[str, float], what: str) -> str:
         """A source that is busy is asked again when it says so, jittered, while there is patience left for it."""
         while True:
             try:
-                return await self._from(source, digest, size)
+                with self.traffic.attempt():
+                    return await self._from(source, digest, size, _way(source, what))
             except Busy as error:
                 wait = max(error.seconds, ROUND_SECONDS) * random.uniform(1.0, 1.5)  # noqa: S311
                 if wait > patience[source.url]:
@@ -242,7 +243,7 @@ class Fetcher:
                 patience[source.url] -= wait
                 await self._clock.sleep(wait)
 
-    async def _from(self, source: Source, digest: str, size: int) -> None:
+    async def _from(self, source: Source, digest: str, size: int, way: str) -> str:
         request = self._request(source, f"/blobs/{digest}")
 
         def work() -> None:
@@ -253,7 +254,8 @@ class Fetcher:
                 self._store.publish(digest, staged)
 
         async with self._slots:
-            await self._in_thread(request, size, work)
+            await self._in_thread(request, size, work, way)
+        return way_of(request, way)
 
     def _request(self, source: Source, path: str) -> Transfer:
         if source.url == BLOCKS and self._blocks is not None:
@@ -262,24 +264,32 @@ class Fetcher:
             return FolderRead(source.url, path)
         return Download(source.url + path, source.token, self._limits, self.pace, source.route)
 
-    async def _in_thread(self, request: Transfer, size: int, work: Callable[[], T]) -> T:
+    async def _in_thread(self, request: Transfer, size: int, work: Callable[[], T], way: str) -> T:
         """Run `work`, whose transfer is cut when its time is over; when cancelled, cut it and wait for its thread."""
         slowest = None if self.pace.rate is None else self.pace.rate / MAX_PARALLEL
         seconds = self._limits.seconds(size, slowest)
         late = asyncio.get_running_loop().call_later(seconds, request.stop, f"not done within {seconds:.1f} s")
         self._running.add(request)
         try:
-            future = in_daemon(work, "a transfer")
-            try:
-                return await asyncio.shield(future)
-            except asyncio.CancelledError:
-                request.stop()
-                future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look
-                await asyncio.wait({future}, timeout=self._limits.read_seconds + 1)
-                raise
+            with self.traffic.watching(request, way):
+                future = in_daemon(work, "a transfer")
+                try:
+                    return await asyncio.shield(future)
+                except asyncio.CancelledError:
+                    request.stop()
+                    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look
+                    await asyncio.wait({future}, timeout=self._limits.read_seconds + 1)
+                    raise
         finally:
             late.cancel()
             self._running.discard(request)
+
+
+def _way(source: Source, what: str) -> str:
+    """What carries it comes first."""
+    if source.url == BLOCKS:
+        return OVER_MQTT
+    return MEDIUM if source.url.startswith(SCHEME) else what
 
 
 def _besides_blocks(sources: Sequence[Source]) -> list[Source]:

@@ -22,6 +22,8 @@ class FolderRead:
     """One file of the folder that `url` names; the same methods as `sync.download.Download`."""
 
     def __init__(self, url: str, path: str) -> None:
+        self.received = 0
+        self.resumed = False
         self._name = url + path
         self._path = Path(url.removeprefix(SCHEME) + path.replace("sha256:", "")) if _PATH.fullmatch(path) else None
         self._stopped = Event()
@@ -79,6 +81,7 @@ class FolderRead:
                 if self._stopped.is_set():
                     raise Unavailable(f"{self._name}: {self._why}")
                 most -= len(chunk)
+                self.received += len(chunk)
                 yield chunk
         except OSError as error:
             raise Unavailable(f"{self._name}: {error.strerror}") from error

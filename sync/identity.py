@@ -12,6 +12,7 @@ from sync.channel import broker_address
 from sync.clock import Clock
 from sync.credentials import Credentials, Identity, TokenCredentials
 from sync.errors import InvalidConfig, Malformed
+from sync.origin import origin_of
 from sync.topics import check_name, check_node_id, tenant_of
 from sync.tunnel import read_proxy
 
@@ -98,6 +99,17 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if identity.pair.node != self.id:
             raise InvalidConfig(f"node.identity: {self.identity} is that of {identity.pair.node}, node.id is {self.id}")
         return identity
+
+    def bearer_at(self, url: str, credentials: Credentials) -> str | None:
+        """What the source at `url` is shown: this node's bearer token if it is the hub, else None.
+
+        The hub is where it joined (`hub`) and where the hub itself said it is. A token knows of no joining: without `hub`
+        it goes to the first source. Whoever else had it could ask the hub in this node's name. Raises InvalidConfig.
+        """
+        joined = self.hub or (self.sources[0] if self.identity is None and self.sources else "")
+        origin = origin_of(url)
+        known = origin is not None and (origin == origin_of(joined) or origin in credentials.hub_origins)
+        return credentials.bearer() if known else None
 
     def proxy_to(self, url: str) -> str | None:
         """The proxy for `url`, None = connect directly."""

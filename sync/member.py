@@ -7,6 +7,7 @@ import fcntl
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TextIO
@@ -274,14 +275,13 @@ def _locked(data: Path) -> TextIO:
 
 
 def sources_of(membership: Membership, credentials: Credentials) -> list[Source]:
-    """Where files come from. A device's edge node is a mirror that need not be trusted: it never sees a bearer token, with
-    which it could ask the hub in the device's name."""
+    """Where files come from. Mirrors need not be trusted: none sees a bearer token, with which it could ask the hub in the
+    node's name. Who is the hub is asked for each transfer: renewal may bring another answer."""
     found = []
     for url in membership.sources:
-        at_hub = membership.identity is None or membership.tier != "device" or url == membership.hub
         proxy = membership.proxy_to(url)
         route = Route(credentials.http_context, read_proxy(proxy) if proxy else None)
-        found.append(Source(url, credentials.bearer if at_hub else None, route))
+        found.append(Source(url, partial(membership.bearer_at, url, credentials), route))
     return found
 
 

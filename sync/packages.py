@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -82,12 +82,14 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackagesStatus:
-    """`fresh_until`, `last_refresh`: Unix seconds, 0 = never. `version`: of the snapshot. `alarm`: empty when all is well."""
+    """`fresh_until`, `last_refresh`: Unix seconds, 0 = never. `version`: of the snapshot. `alarm`: empty when all is well.
+    `now`: Unix seconds as they are counted here, never before what is known to have passed."""
 
     fresh_until: float
     version: int
     last_refresh: float
     alarm: str
+    now: float
 
 
 class Packages:
@@ -104,6 +106,8 @@ class Packages:
         client: Client | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        self.refreshes: Counter[str] = Counter()
+        """By outcome: `good`, or the error code."""
         self._fetcher = fetcher
         self._state = state
         self._root = root
@@ -220,6 +224,7 @@ class Packages:
             version=mark.version if mark else 0,
             last_refresh=approval.refreshed if approval else 0.0,
             alarm=self._judge(),
+            now=self._now(),
         )
 
     # --- time ---------------------------------------------------------------------------------------------------
@@ -305,6 +310,7 @@ class Packages:
             self._good = self._clock.monotonic()
         except SyncError as error:
             self._failure = error
+        self.refreshes["good" if self._failure is None else self._failure.code] += 1
         self._judge()
         # One that is cancelled does not get here and answers nobody: the next call in line begins its own.
         self._ended = self._begun

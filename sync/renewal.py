@@ -95,7 +95,7 @@ class Renewal:
         answer = decode(self._post("renew", Renew(node, nonce, csr, proof)), Enrolled, MAX_ANSWER_BYTES)
         # The hub took a proof by this pair's key: what was before it is not needed any more.
         self._identity.forget_older()
-        self._identity.replace(key, answer.certificate, answer.bundle)
+        self._identity.replace(key, answer.certificate, answer.bundle, answer.sources)
         self.fleet_size = max(answer.fleet, 1)
         self.renewed += 1
 
@@ -113,6 +113,9 @@ class Renewal:
 
     def _due(self) -> float:
         pair = self._identity.pair
+        if pair.hub_origins is None:
+            # Until the hub has said where it is, only the URL by which the node joined is shown its bearer token.
+            return self._clock.wall() + self._uniform(0.0, spread(self.fleet_size))
         return due_at(pair.not_before, pair.not_after, self._uniform)
 
     def _retry(self, failures: int) -> float:

@@ -6,6 +6,7 @@ Unknown fields are ignored: a hub may be newer than its nodes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 
 from sync.errors import Malformed
-from sync.states import DEADLINES
+from sync.states import DEADLINES, MIN_DEADLINES
 from sync.windows import Window, check_windows
 
 MIN_BANDWIDTH = 1_000.0
@@ -22,14 +23,16 @@ MIN_BANDWIDTH = 1_000.0
 MAX_SECONDS = 30 * 86_400.0
 MAX_QUALITY_FIELDS = 64
 
+log = logging.getLogger(__name__)
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`windows`: () = always open. `bandwidth`: bytes per second that all transfers of this node may take together, None = all.
 
     `max_hold_seconds`: how long holds may delay one update, and the longest single hold. `force`: updates of models up to
     this revision wait neither for holds nor for windows. `probation_seconds`: how long a version without enough traffic
-    stays on probation. `deadlines`: state -> seconds, for those of `sync.states.DEADLINES`. `quality`: what live traffic is
-    judged by, read by `models.serving.quality`.
+    stays on probation. `deadlines`: state -> seconds, for those of `sync.states.DEADLINES`; below
+    `MIN_DEADLINES` these count. `quality`: what live traffic is judged by, read by `models.serving.quality`.
     """
 
     windows: tuple[Window, ...] = ()
@@ -74,11 +77,31 @@ def decode_settings(body: bytes, base: Settings | None = None) -> Settings:
         raise Malformed(f"settings: {error}") from error
 
 
+def too_short(settings: Settings) -> dict[str, float]:
+    """State -> seconds of the deadlines that are below `sync.states.MIN_DEADLINES`."""
+    return {state: given for state, given in settings.deadlines.items() if given < MIN_DEADLINES.get(state, 0.0)}
+
+
+def lengthened(settings: Settings) -> Settings:
+    """With the shortest useful deadline in place of each that is shorter.
+
+    Not refused: an older hub, or a file written for an older release, may say one, and a node that refused all of its
+    settings for it would lose its windows too.
+    """
+    short = too_short(settings)
+    if not short:
+        return settings
+    for state, given in short.items():
+        log.warning("deadlines.%s: %g s is too short for any update: %g s count", state, given, MIN_DEADLINES[state])
+    longer = {state: MIN_DEADLINES[state] for state in short}
+    return msgspec.structs.replace(settings, deadlines={**settings.deadlines, **longer})
+
+
 class SettingsBook:
     """Meets `sync.activation.Activator` for documents of kind `settings`. `base`: the node's own configuration."""
 
     def __init__(self, base: Settings | None = None) -> None:
-        self.base = check_settings(base or Settings())
+        self.base = lengthened(check_settings(base or Settings()))
         self.current = self.base
         self._watchers: list[Callable[[Settings], None]] = []
 
@@ -92,7 +115,7 @@ class SettingsBook:
 
     async def prepare(self, body: bytes, blobs: Mapping[str, Path]) -> object:
         """Raises Malformed naming the field."""
-        return decode_settings(body, self.base)
+        return lengthened(decode_settings(body, self.base))
 
     async def commit(self, token: object) -> None:
         if not isinstance(token, Settings):

@@ -60,6 +60,20 @@ and is continued. Preparing: a probe and a load, each bounded at 10 minutes. Com
 by the settings' `max_hold_seconds`, `probation` by its `probation_seconds`, `waiting` by the next window.
 """
 
+MIN_DEADLINES: Mapping[str, float] = {
+    "verifying": 90.0,
+    "fetching": 150.0,
+    "preparing": 120.0,
+    "committing": 5.0,
+}
+"""Seconds below which an update may never end, however often it is tried; settings cannot go lower.
+
+Verifying: a source that drips is cut after 60 s, and the next one must get its turn. Fetching: a mirror that is bringing the
+file itself is waited for 120 s before its first byte. Preparing: nothing of a try that was cut is kept, and trying a new
+version of the software alone may take 120 s. Committing: one assignment, in an event loop that a slow disk or a busy processor
+may stall for seconds.
+"""
+
 
 class ImpossibleStep(Exception):
     """A mistake of ours: an event in a state that does not know it."""
@@ -101,9 +115,9 @@ def mermaid() -> str:
 
 
 def deadlines_table() -> str:
-    """State and its deadline, as Markdown rows."""
-    rows = [f"| `{state}` | {seconds:g} s |" for state, seconds in DEADLINES.items()]
-    return "\n".join(["| state | may last |", "|---|---|", *rows])
+    """State, its deadline and the shortest that settings may give, as Markdown rows."""
+    rows = [f"| `{state}` | {seconds:g} s | {MIN_DEADLINES[state]:g} s |" for state, seconds in DEADLINES.items()]
+    return "\n".join(["| state | may last | settings: at least |", "|---|---|---|", *rows])
 
 
 def redraw(page: str) -> str:
@@ -111,7 +125,7 @@ def redraw(page: str) -> str:
     import re
 
     page = re.sub(r"```mermaid\n.*?\n```", lambda _: f"```mermaid\n{mermaid()}\n```", page, count=1, flags=re.DOTALL)
-    table = r"\| state \| may last \|\n(?:\|.*\n)+"
+    table = r"\| state \| may last \|.*\n(?:\|.*\n)+"
     return re.sub(table, lambda _: deadlines_table() + "\n", page, count=1)
 
 

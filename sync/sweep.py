@@ -52,7 +52,11 @@ class Sweeper:
         self._free = free
         self._coming: dict[str, int] = {}
         self._lock = asyncio.Lock()
-        self._removed = 0
+        self.latest: Usage | None = None
+        """What `usage` last said; None = nothing yet, or the disk refused."""
+        self.removed = 0
+        """Files, since the start."""
+        self.removed_bytes = 0
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -83,8 +87,13 @@ class Sweeper:
             return await asyncio.to_thread(self._sweep, room)
 
     async def usage(self) -> Usage:
-        """What the store takes now."""
-        return await asyncio.to_thread(self._usage)
+        """What the store takes now. Raises StoreFailed."""
+        try:
+            self.latest = await asyncio.to_thread(self._usage)
+        except StoreFailed:
+            self.latest = None
+            raise
+        return self.latest
 
     @asynccontextmanager
     async def room_for(self, digest: str, size: int) -> AsyncIterator[None]:
@@ -122,8 +131,12 @@ class Sweeper:
         chosen = to_remove(
             self._store.entries(), needed, tuple(self._coming), self.quota, self._free(self._store.root), room
         )
-        removed = sum(self._store.remove(entry, unless_claimed_since=began) for entry in chosen)
-        self._removed += removed
+        removed = 0
+        for entry in chosen:
+            if self._store.remove(entry, unless_claimed_since=began):
+                removed += 1
+                self.removed += 1
+                self.removed_bytes += entry.size
         return removed
 
     def _usage(self) -> Usage:
@@ -133,5 +146,5 @@ class Sweeper:
             total=sum(entry.size for entry in entries),
             needed=sum(entry.size for entry in entries if entry.digest in needed),
             free=self._free(self._store.root),
-            removed=self._removed,
+            removed=self.removed,
         )

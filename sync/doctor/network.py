@@ -173,9 +173,8 @@ def ask_source(subject: NodeSubject, url: str) -> Reply:
     """The newest timestamp of the update repository at a source. Raises OSError, ValueError, SyncError."""
     node = subject.node
     place = next(place for place in subject.places() if url.startswith(("http://", "https://")) and _is_at(place, url))
-    # As the node does it: a device's edge never sees its bearer token.
-    at_hub = node.identity is None or node.tier != "device" or url == node.hub
-    bearer = subject.credentials().bearer() if at_hub else None
+    # As the node does it: mirrors never see its bearer token.
+    bearer = node.bearer_at(url, subject.credentials())
     route = Place(place.uses, url, place.host, place.port, place.tls, node.proxy_to(url))
     return get(route, "/tuf/timestamp.json", bearer)
 

@@ -134,6 +134,7 @@ async def test_a_half_download_is_continued_and_the_hub_never_runs_ahead_of_the_
         bench.broker.publish = counted  # type: ignore[method-assign]
         assert (await fetcher.fetch(digest(MODEL), len(MODEL))).read_bytes() == MODEL
         assert blocks.received == 200_000
+        assert (fetcher.traffic.files, fetcher.traffic.received()) == ({"blocks": 1}, {"blocks": 200_000})
         assert most <= WINDOW
 
 

@@ -126,8 +126,9 @@ async def test_a_new_version_costs_the_bytes_that_changed(tmp_path: Path, upstre
     fetcher, store = node(tmp_path, upstream.url)
     assert (await fetcher.fetch(digest(NEW), len(NEW))).read_bytes() == NEW
     assert upstream.sent < 0.2 * len(NEW)
-    assert fetcher.counts["delta"] == 1
-    assert fetcher.counts["saved"] == len(NEW) - upstream.sent
+    assert fetcher.traffic.files["delta"] == 1
+    assert fetcher.traffic.saved == len(NEW) - upstream.sent
+    assert fetcher.traffic.received()["delta"] == upstream.sent
     assert not store.staging(digest(NEW)).exists()
 
 
@@ -173,15 +174,15 @@ async def test_without_a_good_delta_the_whole_file_is_fetched(tmp_path: Path, up
     lie(upstream, kind)
     fetcher, _ = node(tmp_path, upstream.url)
     assert (await fetcher.fetch(digest(NEW), len(NEW))).read_bytes() == NEW
-    assert fetcher.counts["delta"] == 0
-    assert fetcher.counts["whole"] == 1
+    assert fetcher.traffic.files["delta"] == 0
+    assert fetcher.traffic.files["whole"] == 1
 
 
 async def test_a_download_that_is_nearly_done_is_finished_instead(tmp_path: Path, upstream: Upstream) -> None:
     fetcher, store = node(tmp_path, upstream.url)
     store.staging(digest(NEW)).write_bytes(NEW[:-100])
     await fetcher.fetch(digest(NEW), len(NEW))
-    assert fetcher.counts["delta"] == 0
+    assert fetcher.traffic.files["delta"] == 0
 
 
 async def test_a_device_gets_its_delta_through_the_edge(tmp_path: Path, upstream: Upstream) -> None:
@@ -197,7 +198,7 @@ async def test_a_device_gets_its_delta_through_the_edge(tmp_path: Path, upstream
     async with mirror, serve_http(answer) as server:
         fetcher, _ = node(tmp_path / "device", server.url)
         await fetcher.fetch(digest(NEW), len(NEW))
-    assert fetcher.counts["delta"] == 1
+    assert fetcher.traffic.files["delta"] == 1
     assert upstream.sent < 0.2 * len(NEW)
 
 

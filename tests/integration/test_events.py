@@ -34,11 +34,23 @@ def events_of(site: Cluster, node: str) -> list[dict[str, Any]]:
     return list(site.api.call("GET", f"/api/v1/events?node={node}")["items"])
 
 
-def outbox_metrics(site: Cluster) -> dict[str, int]:
-    """Of the running edge node: outcome or name -> value."""
+def metrics(site: Cluster) -> str:
+    """Of the running edge node."""
     announced = json.loads((site.folder / "edge-1" / "edge.json").read_text())
-    answer = urllib3.request("GET", announced["addresses"]["metrics"], retries=False, timeout=5.0)
-    return {outcome or name: int(value) for name, outcome, value in SAMPLE.findall(answer.data.decode())}
+    return urllib3.request("GET", announced["addresses"]["metrics"], retries=False, timeout=5.0).data.decode()
+
+
+def outbox_metrics(site: Cluster) -> dict[str, int]:
+    """Outcome or name -> value."""
+    return {outcome or name: int(value) for name, outcome, value in SAMPLE.findall(metrics(site))}
+
+
+def delivery_metrics(site: Cluster) -> dict[str, float]:
+    """Name with its labels -> value."""
+    lines = (line.rpartition(" ") for line in metrics(site).splitlines() if not line.startswith("#"))
+    return {
+        name: float(value) for name, _, value in lines if name.startswith(("update_", "delivery_", "mirror_", "store_"))
+    }
 
 
 async def test_an_event_put_in_by_an_application_is_at_the_hub_and_every_count_of_it_agrees(
@@ -73,6 +85,15 @@ async def test_an_event_put_in_by_an_application_is_at_the_hub_and_every_count_o
         assert {update["kind"] for update in updates} == {"update"}
         assert {update["json"]["document"] for update in updates} == {"policy"}
         assert (counts["enqueued"], counts["delivered"], counts["pending"]) == (len(updates), len(updates), 0)
+
+        shown = delivery_metrics(site)
+        assert shown['update_document_state{kind="policy",state="applied"}'] == 1
+        assert shown['update_document_applied{kind="policy"}'] == shown['update_document_revision{kind="policy"}'] >= 1
+        assert shown['update_metadata_refreshes_total{outcome="good"}'] >= 1
+        assert shown["update_metadata_remaining_seconds"] > 0
+        assert shown['delivery_received_bytes_total{way="metadata"}'] > 1_000
+        assert shown['mirror_file_lookups_total{outcome="miss"}'] >= shown["mirror_file_fetched_total"] >= 0
+        assert shown["store_disk_free_bytes"] > shown["store_size_bytes"] >= 0
 
         capsys.readouterr()
         assert ledger([str(tmp_path / "device-1"), "--json"]) == 0

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 ACCESS = (ROOT / "docs" / "access.md").read_text()
 SUBCOMMANDS = (
-    r"(?:hub|edge|device|worker) (?=(?:enrol|revoke|decommission|denied|authority|join|leave)\b)"
+    r"(?:hub|edge|device|worker) (?=(?:enrol|revoke|decommission|denied|authority|settings|deployments|join|leave)\b)"
     r"|keys (?=(?:init|status|rotate|renew-root|sign|install|revoke|reissue|export-root)\b)"
     r"|bundle (?=(?:export|import)\b)"
 )

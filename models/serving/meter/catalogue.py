@@ -1,28 +1,16 @@
 """Every metric there is, as data: the registry takes names from here alone, the documentation is made from it.
 
 Names follow OpenTelemetry's semantic conventions where one exists (`process.*`, `cpython.gc.*`); for classic inference none
-does, so `inference.*`, `router.*`, `runtime.*`, `websocket.*` and `telemetry.*` are ours. Units are UCUM: `s`, `By`, and
-`{thing}` for counts.
+does, so `inference.*`, `router.*`, `runtime.*`, `websocket.*`, `telemetry.*` and those of delivery are ours. Units are UCUM:
+`s`, `By`, and `{thing}` for counts.
 """
 
 from __future__ import annotations
 
-import msgspec
+from models.serving.meter.delivery_entries import DELIVERY
+from models.serving.meter.entry import Entry
 
-
-class Entry(msgspec.Struct, frozen=True):
-    """One metric. `kind`: counter, gauge or histogram. `labels`: names, in the order they are written.
-
-    `text`: what it says; `bad`: what to do when it looks bad.
-    """
-
-    name: str
-    kind: str
-    unit: str
-    labels: tuple[str, ...]
-    text: str
-    bad: str
-
+__all__ = ["CATALOGUE", "ENTRIES", "Entry"]
 
 _ANSWER = ("model", "version", "tier")
 
@@ -257,6 +245,7 @@ ENTRIES = (
         "Events sent again because no acknowledgement came in time.",
         "Rising while the hub is up: it is too slow, or limits this node.",
     ),
+    *DELIVERY,
     # --- the process -----------------------------------------------------------------------------------------------------
     Entry(
         "process.cpu.time",

@@ -30,6 +30,7 @@ def metrics_handler(registry: Registry, tracer: Tracer | None = None) -> Handler
             return error_response(error)
         # Many models make a page of thousands of lines: writing it in the loop would show in every caller's latency.
         if path == "/metrics":
+            await registry.refresh()
             return HttpResponse(200, _TEXT, await asyncio.to_thread(render, registry.collect()))
         return HttpResponse(200, JSON, await asyncio.to_thread(_spans, tracer.recent() if tracer else ()))
 

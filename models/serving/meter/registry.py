@@ -6,7 +6,9 @@ or locked while a request is answered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -24,6 +26,10 @@ MAX_DROPPED = 1024
 """Series of one metric that are known to be counted as `other`; those beyond are not counted as dropped any more."""
 MAX_LABEL_CHARS = 128
 OTHER = "other"
+REFRESH_SECONDS = 2.0
+"""How long a scrape waits for what has to be looked up: a disk that hangs must not hide everything else."""
+
+log = logging.getLogger(__name__)
 
 Number = int | float
 Source = Callable[[], "Number | None"]
@@ -81,6 +87,8 @@ class Registry:
     def __init__(self) -> None:
         self._metrics: dict[str, _Metric] = {}
         self._before: list[Callable[[], None]] = []
+        self._refreshes: list[Callable[[], Awaitable[object]]] = []
+        self._refreshing: dict[Callable[[], Awaitable[object]], asyncio.Task[None]] = {}
         self.dropped_series = 0  # different ones, not how often they were asked for
         self.read("telemetry.series.dropped", lambda: self.dropped_series)
 
@@ -114,6 +122,26 @@ class Registry:
     def before_collect(self, act: Callable[[], None]) -> None:
         """Call `act` before each scrape."""
         self._before.append(act)
+
+    def before_scrape(self, act: Callable[[], Awaitable[object]]) -> None:
+        """Await `act` in each `refresh`: it looks up what cannot be read without waiting, for sources to show."""
+        self._refreshes.append(act)
+
+    async def refresh(self) -> None:
+        """To be awaited before `collect`. What takes longer than `REFRESH_SECONDS` goes on, and a later scrape shows it."""
+        for act in self._refreshes:
+            if act not in self._refreshing:
+                self._refreshing[act] = asyncio.create_task(self._look(act), name="metrics")
+        if self._refreshing:
+            await asyncio.wait(list(self._refreshing.values()), timeout=REFRESH_SECONDS)
+
+    async def _look(self, act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except Exception:
+            log.debug("a metric could not be looked up", exc_info=True)
+        finally:
+            del self._refreshing[act]
 
     def collect(self) -> list[Family]:
         """Everything there is, in the catalogue's order."""

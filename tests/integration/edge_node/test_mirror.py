@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from meter_fakes import numbers
 
 from edge_node.blobs import BlobMirror
 from edge_node.shares import MirrorSettings
 from models.errors import TierlineError
 from models.serving.exchange import HttpRequest, HttpResponse, error_response
 from models.serving.http.server import serve_http
+from models.serving.meter.delivery import REJECTED, watch_mirror
+from models.serving.meter.registry import Registry
 from sync.clock import SystemClock
 from sync.fetch import Fetcher, Source
 from sync.quota import Quota
@@ -109,6 +112,12 @@ async def test_twenty_devices_that_ask_at_once_cost_one_transfer_over_the_uplink
     assert hub.transfers == {DIGEST: 1}
     assert hub.bytes <= len(DATA) + 20
     assert mirror.counts["fetched"] == 1
+    registry = Registry()
+    watch_mirror(registry, mirror)
+    shown = numbers(registry)
+    assert shown["mirror.file.fetched"][()] == 1
+    assert shown["mirror.file.sent"][()] >= 20 * len(DATA)
+    assert shown["mirror.request.rejected"].keys() == {(reason,) for reason in (*REJECTED, "other")}
 
 
 async def test_a_device_resumes_from_the_edge_where_it_stopped(tmp_path: Path, hub: Hub) -> None:

@@ -201,9 +201,13 @@ async def test_a_file_arrives_whole_with_the_credential_shown(store: BlobStore, 
 
 async def test_a_broken_transfer_is_resumed_where_it_broke(store: BlobStore, servers: list[Server]) -> None:
     servers[0].behaviour = "cut"
-    await fetcher(store, servers[0]).fetch(DIGEST, len(DATA))
+    fetching = fetcher(store, servers[0])
+    await fetching.fetch(DIGEST, len(DATA))
     assert servers[0].requests[1][1] == f"bytes={len(DATA) // 2}-"
     assert store.path(DIGEST).read_bytes() == DATA
+    counts = fetching.traffic
+    assert counts.received() == {"whole": len(DATA) // 2, "resumed": len(DATA) // 2}
+    assert (counts.files, counts.attempts, counts.failures) == ({"resumed": 1}, {"unavailable": 1}, {})
 
 
 async def test_a_part_left_by_an_earlier_process_is_continued(store: BlobStore, servers: list[Server]) -> None:

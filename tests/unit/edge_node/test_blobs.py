@@ -135,6 +135,7 @@ async def test_a_file_on_its_way_makes_devices_come_back_and_is_fetched_once(
     source.gate = asyncio.Event()  # type: ignore[attr-defined]
     asked = await asyncio.gather(*(passing.blob(get(f"/blobs/{DIGEST}")) for _ in range(20)), return_exceptions=True)
     assert all(isinstance(error, Overloaded) and error.retry_after > 0 for error in asked)
+    assert passing.refusals() == {"coming": 20, "busy": 0}
     source.gate.set()  # type: ignore[attr-defined]
     answers = await asyncio.gather(*(passing.blob(get(f"/blobs/{DIGEST}", b"10.0.0.%d" % n)) for n in range(20)))
     assert {answer.status for answer in answers} == {200}

@@ -33,6 +33,7 @@ def test_a_slot_is_free_again_when_nobody_holds_the_download() -> None:
     gc.collect()
     assert desk.running == 0
     assert desk.take(ONE) is not None
+    assert desk.refused == {"device_slots": 1, "slots": 1}
 
 
 def test_a_device_that_had_its_bytes_is_told_when_to_come_back_and_others_are_not_concerned() -> None:
@@ -45,6 +46,7 @@ def test_a_device_that_had_its_bytes_is_told_when_to_come_back_and_others_are_no
     desk.take(TWO)
     clock.now = 10.1
     desk.take(ONE)
+    assert (desk.sent, desk.refused) == (1000, {"bytes": 1})
 
 
 def test_a_certificate_names_a_device_wherever_it_calls_from() -> None:

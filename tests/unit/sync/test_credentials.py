@@ -145,6 +145,7 @@ class FakeHub:
         self.down = False
         self.refuse = False
         self.asked: list[float] = []
+        self.more: dict[str, Any] = {}
 
     def call(self, url: str, body: Any, context: Any, proxy: str | None = None) -> bytes:
         if isinstance(body, Challenge):
@@ -166,7 +167,7 @@ class FakeHub:
             "trust": "",
             "trust_name": "root.json",
         }
-        return json.dumps(answer | {"fleet": 500}).encode()
+        return json.dumps(answer | {"fleet": 500} | self.more).encode()
 
 
 async def passing(clock: FakeClock, seconds: float, step: float = 600.0) -> None:
@@ -216,6 +217,26 @@ async def test_four_hundred_days_without_the_hub_end_with_one_renewal(
     await passing(clock, 2 * LAST_RETRY_SECONDS + 20, 60)
     assert renewal.renewed == 1
     assert identity.pair.not_after > clock.wall()
+    task.cancel()
+
+
+@pytest.mark.parametrize("kept", [None, b"", b"{", b'{"origins": 7}'])
+async def test_a_node_that_was_not_told_where_its_hub_is_asks_at_once_and_keeps_the_answer(
+    identity: Identity, clock: FakeClock, hub: FakeHub, tmp_path: Path, kept: bytes | None
+) -> None:
+    note = identity.pair.folder / credentials.HUB
+    if kept is None:
+        note.unlink()  # the pair is of an earlier release
+    else:
+        note.write_bytes(kept)
+    hub.more = {"sources": ["https://hub.example.org", "nonsense"]}
+    identity = Identity(tmp_path / "identity", clock)
+    assert identity.hub_origins == ()
+    renewal = Renewal(identity, "https://10.0.0.5:8443", clock)
+    task = asyncio.create_task(renewal.run())
+    await passing(clock, DAY)
+    assert renewal.renewed == 1
+    assert Identity(tmp_path / "identity", clock).hub_origins == ("https://hub.example.org:443",)
     task.cancel()
 
 

@@ -67,9 +67,12 @@ async def test_without_network_what_was_listed_counts_until_it_expires(node) -> 
     node.fetcher.down = True
     node.clock.advance(RECHECK_SECONDS)
     assert await node.packages.require([A]) == {A: 1}
+    status = node.packages.status()
+    assert status.fresh_until - status.now == 1_000 - RECHECK_SECONDS
     node.clock.advance(1_000)
     with pytest.raises(Expired):
         await node.packages.require([A])
+    assert node.packages.refreshes == {"good": 1, "unavailable": 2}
 
 
 async def test_after_a_restart_without_network_the_cached_metadata_answers(node) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from sync.errors import Malformed
 from sync.settings import Settings, SettingsBook, decode_settings
+from sync.states import DEADLINES, MIN_DEADLINES
 from sync.windows import Window
 
 OWN = Settings(windows=(Window(start="01:00", minutes=30),), bandwidth=5_000.0)
@@ -49,3 +50,24 @@ async def test_whoever_watches_hears_of_the_settings_in_force_now_and_later() ->
     await book.commit(await book.prepare(b'{"bandwidth": 9000}', {}))
     assert heard == [5_000.0, 9_000.0]
     assert book.current.windows == OWN.windows
+
+
+@pytest.mark.parametrize("state", MIN_DEADLINES)
+async def test_a_deadline_too_short_for_any_update_counts_as_the_shortest_and_the_rest_holds(
+    state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an older hub may send it."""
+    book = SettingsBook(OWN)
+    body = msgspec.json.encode({"deadlines": {state: 0.5, "dreaming": 0.1}, "bandwidth": 9_000})
+    await book.commit(await book.prepare(body, {}))
+    assert book.current.deadlines == {state: MIN_DEADLINES[state], "dreaming": 0.1}
+    assert book.current.bandwidth == 9_000.0
+    assert f"deadlines.{state}: 0.5 s is too short for any update" in caplog.text
+
+
+async def test_the_nodes_own_configuration_cannot_go_below_either_and_longer_deadlines_stay() -> None:
+    book = SettingsBook(Settings(deadlines={"committing": 0.1, "fetching": 600.0}))
+    assert book.current.deadlines == {"committing": MIN_DEADLINES["committing"], "fetching": 600.0}
+    await book.commit(await book.prepare(b"{}", {}))
+    assert book.current.deadlines == {"committing": MIN_DEADLINES["committing"], "fetching": 600.0}
+    assert Settings(deadlines=dict(DEADLINES)) == SettingsBook(Settings(deadlines=dict(DEADLINES))).current

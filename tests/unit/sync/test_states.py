@@ -7,8 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from sync.fetch import BUSY_SECONDS
 from sync.settings import decode_settings
-from sync.states import DEADLINES, RESUMED, STATES, UNDER_WAY, ImpossibleStep, deadlines_table, mermaid, step
+from sync.slot_builder import PROBE_SECONDS
+from sync.states import (
+    DEADLINES,
+    MIN_DEADLINES,
+    RESUMED,
+    STATES,
+    UNDER_WAY,
+    ImpossibleStep,
+    deadlines_table,
+    mermaid,
+    step,
+)
+from sync.transfers import SOURCE_SECONDS
 
 PAGE = Path(__file__).parents[3] / "docs" / "updates.md"
 
@@ -46,6 +59,14 @@ def test_nothing_is_put_in_force_without_having_been_prepared_or_held_after_that
 def test_every_state_in_which_work_is_done_has_a_deadline() -> None:
     assert set(DEADLINES) == {"verifying", "fetching", "preparing", "committing"}
     assert decode_settings(b'{"deadlines": {"fetching": 5}}').deadlines == {"fetching": 5.0}
+
+
+def test_the_shortest_deadlines_leave_room_for_what_is_waited_for_inside() -> None:
+    assert MIN_DEADLINES.keys() == DEADLINES.keys()
+    assert all(MIN_DEADLINES[state] < DEADLINES[state] for state in DEADLINES)
+    assert MIN_DEADLINES["verifying"] > SOURCE_SECONDS
+    assert MIN_DEADLINES["fetching"] > BUSY_SECONDS
+    assert MIN_DEADLINES["preparing"] >= PROBE_SECONDS
 
 
 def test_the_diagram_in_the_pages_is_drawn_from_the_table() -> None:

@@ -12,7 +12,7 @@ import pytest
 from sync.errors import StoreFailed
 from sync.quota import Quota
 from sync.store import BlobStore
-from sync.sweep import SWEEP_SECONDS, Sweeper
+from sync.sweep import SWEEP_SECONDS, Sweeper, Usage
 from sync.testing import FakeClock
 
 
@@ -50,6 +50,12 @@ async def test_a_sweep_removes_what_no_document_names(tmp_path: Path) -> None:
     assert await place.sweeper.sweep() == 2
     assert (place.store.has(kept), place.store.has(gone), place.store.staging(half).exists()) == (True, False, False)
     assert (await place.sweeper.usage()).removed == 2
+    assert place.sweeper.removed_bytes == len(b"gone") + len(b"half a file") // 2
+    assert place.sweeper.latest == Usage(total=4, needed=4, free=place.free, removed=2)
+    (tmp_path / "blobs").rename(tmp_path / "away")
+    with pytest.raises(StoreFailed):
+        await place.sweeper.usage()
+    assert place.sweeper.latest is None
 
 
 async def test_a_cache_keeps_the_files_used_last(tmp_path: Path) -> None:

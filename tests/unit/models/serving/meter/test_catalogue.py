@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from delivery_fakes import FakeDelivery
 from meter_fakes import Clock, Index, Scripted, ask, numbers
 
 from models.errors import NotFound
 from models.serving.meter import resources
 from models.serving.meter.catalogue import CATALOGUE, ENTRIES, Entry
+from models.serving.meter.delivery import watch_member, watch_mirror
 from models.serving.meter.document import render
 from models.serving.meter.histogram import LAYOUTS
 from models.serving.meter.meter import Meter
@@ -26,14 +28,13 @@ from models.serving.meter.sources import (
     watch_exporter,
     watch_guard,
     watch_memory,
-    watch_outbox,
     watch_queue,
     watch_router,
 )
 from models.serving.predictor import InferResponse
 
 ROOT = Path(__file__).parents[5]
-CLOSED = {"tier", "error", "reason", "outcome", "generation"}
+CLOSED = {"tier", "error", "reason", "outcome", "generation", "kind", "state", "way"}
 """Labels whose values are lists in our own code."""
 
 
@@ -104,10 +105,14 @@ async def test_every_entry_is_emitted_and_moves(
     watch_exporter(registry, parts)
     watch_queue(registry, parts)
     watch_memory(registry, parts)
-    watch_outbox(registry, parts)
+    delivery = FakeDelivery(parts)
+    watch_member(registry, delivery.member)
+    watch_mirror(registry, delivery.mirror)
+    await registry.refresh()
     registry.read("websocket.connections", lambda: parts.connections)
     before = numbers(registry)
     parts.move()
+    delivery.move()
     await scenario(meter, scripted)
     gc.collect()
     for number in range(MAX_VALUES["model"] + 1):

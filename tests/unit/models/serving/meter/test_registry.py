@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from meter_fakes import numbers
 
+from models.serving.meter import registry as registry_module
 from models.serving.meter.registry import MAX_DROPPED, MAX_LABEL_CHARS, MAX_SERIES, MAX_VALUES, Registry
 
 
@@ -94,3 +97,29 @@ def test_combinations_of_labels_are_bounded_too(registry: Registry) -> None:
 def test_a_long_label_is_cut(registry: Registry) -> None:
     registry.counter("inference.request.degraded", model="x" * 10_000).add()
     assert list(numbers(registry)["inference.request.degraded"]) == [("x" * MAX_LABEL_CHARS,)]
+
+
+async def test_a_look_up_that_hangs_is_begun_once_and_hides_nothing_else(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "REFRESH_SECONDS", 0.01)
+    go, begun, seen = asyncio.Event(), [], []
+
+    async def hang() -> None:
+        begun.append(1)
+        await go.wait()
+        seen.append(1)
+
+    async def fail() -> None:
+        raise OSError
+
+    registry.before_scrape(fail)
+    registry.before_scrape(hang)
+    await asyncio.gather(*(registry.refresh() for _ in range(5)))
+    await registry.refresh()
+    assert (len(begun), seen) == (1, [])
+    go.set()
+    await registry.refresh()
+    assert seen == [1]
+    await registry.refresh()
+    assert len(begun) == 2
