@@ -35,12 +35,13 @@ class FakeSession:
         self.error: Exception | None = None
         self.asked: list[tuple[str, ...]] = []
         self.threads: list[str] = []
-        self.running = 0
+        self.running = self.most_running = 0
         self.closed_while_running = False
         self.closed = threading.Event()
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         self.running += 1
+        self.most_running = max(self.most_running, self.running)
         self.asked.append(tuple(outputs))
         self.threads.append(threading.current_thread().name)
         self.started.release()

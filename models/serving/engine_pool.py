@@ -1,7 +1,8 @@
 """The threads that run long models, each taking the next run from one queue.
 
 One thread more than asked for takes only short runs, so that a model slow enough to hold all others cannot hold up a quick
-one. Engine threads give way to the event loop's thread (a higher nice value): it answers the fast models.
+one. Where fewer cores may be used than there are threads, fewer runs are made at once. Engine
+threads give way to the event loop's thread (a higher nice value): it answers the fast models.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ _Ended = tuple[list[Ticket], "Run | TierlineError | list[Run | TierlineError]"]
 class EnginePool:
     """`threads` for runs of any length and one for short ones. `places`: runs that may wait; see `RunQueue`.
 
-    `threads` None = one for each core that this process may use; when it may use fewer later on, as many long runs at once.
+    `threads` None = one for each core that this process may use; when it may use fewer later on, as many runs at once.
     """
 
     def __init__(
         self, threads: int | None, places: int, landed: Landed, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._adapts = threads is None
-        self._threads = self._most_long = threads or usable_cores()
+        self._threads = self._most_at_once = threads or usable_cores()
         self._count_due = 0.0
         self._queue = RunQueue(places, self._threads, lambda ticket: ticket.loaded.pace * ticket.rows)
         self._landed = landed
@@ -86,9 +87,11 @@ class EnginePool:
             now = self._clock()
             if self._adapts and now >= self._count_due:
                 self._count_due = now + COUNT_SECONDS
-                self._most_long = min(self._threads, usable_cores())
+                self._most_at_once = min(self._threads, usable_cores())
             self._queue.admit(ticket, now)
-            self._wake_one(_is_short(ticket))
+            short, (room_for_short, room_for_long) = _is_short(ticket), self._room()
+            if room_for_short if short else room_for_long:
+                self._wake_one(short)
         if self._watch is None and self._loop is not None:
             self._watch = self._loop.call_later(WAIT_SECONDS, self._look_after)
 
@@ -179,6 +182,11 @@ class EnginePool:
             worker.over = worker.over or self._closed
             tickets = None if worker.over else self._take(worker)
             worker.idle = tickets is None
+            if ended and len(self._queue):
+                # What waits may be more than this thread may take, or than it will.
+                short, long = self._room()
+                if short or long:
+                    self._wake_one(short=not long)
         if tell:
             self._tell()
         return tickets
@@ -195,12 +203,13 @@ class EnginePool:
             worker.over = True
             self._workers.remove(worker)
             self._lost -= 1
-        elif worker.express or first.loaded.serial or (self._most_long < self._threads and not _is_short(first)):
-            # What waits may be more than this thread may take, or than it will.
-            self._wake_one(short=False)
 
     def _take(self, worker: _Worker) -> list[Ticket] | None:
-        ticket = self._queue.pop(_is_short if worker.express or self._has_enough_long() else _always)
+        short, long = self._room()
+        long = long and not worker.express
+        if not (short or long):
+            return None
+        ticket = self._queue.pop(_always if short and long else _is_short if short else _is_long)
         if ticket is None:
             return None
         tickets = [ticket]
@@ -209,10 +218,23 @@ class EnginePool:
         worker.first, worker.running, worker.since, worker.stopped = ticket, ticket.loaded, self._clock(), False
         return tickets
 
-    def _has_enough_long(self) -> bool:
-        """Whether another long run would only take turns with those under way, and keep the event loop from its turn."""
-        running = (worker.first for worker in self._workers if not worker.lost)
-        return sum(first is not None and not _is_short(first) for first in running) >= self._most_long
+    def _room(self) -> tuple[bool, bool]:
+        """Whether a short and a long run may begin.
+
+        On one core more runs than one only take turns: each would end later, and none sooner. On several one more keeps them
+        busy while another's outcome is handed over. One short run may always: it must not wait for long ones.
+        """
+        short = long = 0
+        for worker in self._workers:
+            if worker.first is not None and not worker.lost:
+                if _is_short(worker.first):
+                    short += 1
+                else:
+                    long += 1
+        most = self._most_at_once
+        if most == 1:
+            return not short, not short and not long
+        return short < max(1, most - long + 1), long < most
 
     def _tell(self) -> None:
         assert self._loop is not None
@@ -346,3 +368,7 @@ def _always(ticket: Ticket) -> bool:
 
 def _is_short(ticket: Ticket) -> bool:
     return 0 < ticket.cost <= EXPRESS_SECONDS  # 0 = never measured
+
+
+def _is_long(ticket: Ticket) -> bool:
+    return not _is_short(ticket)

@@ -128,6 +128,26 @@ async def test_no_more_long_runs_at_once_than_cores_that_are_left(
     await local.close()
 
 
+async def test_on_one_core_short_runs_are_made_one_after_the_other_and_a_long_one_gets_its_turn(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_pool, "usable_cores", lambda: 1)
+    monkeypatch.setattr(engine_pool, "COUNT_SECONDS", 0.0)
+    local = Local(repository, "edge", threads=None)
+    slow, quick = FakeSession(), FakeSession()
+    first, second = loaded(slow), loaded(quick)
+    first.pace, second.pace = 1.0, 0.001
+    repository.install({"slow": {"1": first}, "quick": {"1": second}})
+    quick.gate.clear()
+    asked = [ask(local, model="quick") for _ in range(4)]
+    await asyncio.to_thread(quick.started.acquire, timeout=WAIT_SECONDS)
+    asked += [ask(local, model="slow"), *(ask(local, model="quick") for _ in range(4))]
+    quick.gate.set()
+    await asyncio.wait_for(asyncio.gather(*asked), WAIT_SECONDS)
+    assert quick.most_running == 1
+    await local.close()
+
+
 async def test_a_thread_outlives_what_nobody_expected(repository: Repository, local: Local) -> None:
     session = FakeSession()
     session.error = ZeroDivisionError("a bug")
