@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from random import Random
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from http_fake import HttpFake
 from hub_in_memory import Bench, hub_bench, make_manifest
 
 from edge_node.blobs import BlobMirror
@@ -43,7 +43,7 @@ def delta_between(old: bytes, new: bytes) -> bytes:
     return out.getvalue()
 
 
-class Upstream:
+class Upstream(HttpFake):
     """A hub that may lie. `offer`: what it answers about deltas, None = 404, an int = that status with Retry-After."""
 
     def __init__(self) -> None:
@@ -92,14 +92,7 @@ class Upstream:
             def log_message(self, *args: Any) -> None:
                 """Silent."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_fake import HttpFake
 from meter_fakes import numbers
 
 from edge_node.blobs import BlobMirror
@@ -32,7 +33,7 @@ DATA = bytes(range(256)) * 4_000
 DIGEST = f"sha256:{sha256(DATA).hexdigest()}"
 
 
-class Hub:
+class Hub(HttpFake):
     """Counts what crosses the uplink. `slow`: seconds before a transfer's first byte."""
 
     def __init__(self) -> None:
@@ -64,14 +65,7 @@ class Hub:
             def log_message(self, *args: Any) -> None:
                 """Silent."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from http_fake import HttpFake
 from msgspec.structs import replace
 
 from cloud_hub.client import HubClient
@@ -29,7 +29,7 @@ from sync.store import BlobStore
 PATH = "/tuf/timestamp.json"
 
 
-class Listener:
+class Listener(HttpFake):
     """`heard`: the Authorization of each request. It answers 404, or sends everybody on to `elsewhere`."""
 
     def __init__(self) -> None:
@@ -49,14 +49,7 @@ class Listener:
             def log_message(self, *args: Any) -> None:
                 """Silent."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture

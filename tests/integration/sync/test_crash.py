@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import msgspec
 import pytest
+from http_fake import HttpFake
 
 from sync.failpoints import POINTS, VARIABLE
 from sync.messages import Document
@@ -52,11 +52,8 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with HttpFake(Site) as server:
+        yield server.url
 
 
 def run(folder: Path, url: str, envelope: str | None = None, failpoints: str = "") -> subprocess.CompletedProcess[str]:

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_fake import HttpFake
 
 from sync.download import Download, Limits
 from sync.errors import Absent, DigestMismatch, Malformed, StoreFailed, Unavailable
@@ -28,7 +29,7 @@ DIGEST = f"sha256:{sha256(DATA).hexdigest()}"
 LIMITS = Limits(connect_seconds=1, read_seconds=0.5, budget_seconds=0.5, slowest_rate=10_000_000)
 
 
-class Server:
+class Server(HttpFake):
     """`behaviour` is the name of a method of the handler below; `requests` are (path, Range) pairs."""
 
     def __init__(self) -> None:
@@ -44,16 +45,11 @@ class Server:
         class Handler(_Handler):
             server_state = outer
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
+        super().__init__(Handler)
 
     def close(self) -> None:
         self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,6 +11,9 @@ from meter_fakes import numbers
 from models.serving.meter import delivery
 from models.serving.meter.delivery import watch_member, watch_mirror
 from models.serving.meter.registry import Registry
+from sync import download, traffic  # noqa: F401 - download adds error codes of its own
+from sync.errors import SyncError
+from sync.states import STATES
 
 
 @pytest.fixture
@@ -27,6 +30,23 @@ def test_a_document_is_in_one_state(registry: Registry, node: FakeDelivery) -> N
     assert states["desired", "rolled_back"] == 1
     assert sum(states.values()) == 1  # type: ignore[arg-type]
     assert len(states) == len(delivery.STATES)
+
+
+def codes(error: type[SyncError] = SyncError) -> set[str]:
+    return {error.code}.union(*map(codes, error.__subclasses__()))
+
+
+def test_the_lists_are_those_of_the_control_plane_which_models_may_not_know() -> None:
+    assert set(delivery.STATES) == set(STATES)
+    assert set(delivery.WAYS) == {
+        traffic.WHOLE,
+        traffic.RESUMED,
+        traffic.DELTA,
+        traffic.BLOCKS,
+        traffic.MEDIUM,
+        traffic.METADATA,
+    }
+    assert {*delivery.CODES, *delivery.SOURCE_CODES} <= codes()
 
 
 def test_a_code_that_nobody_foresaw_is_counted_as_other_and_makes_no_series(
