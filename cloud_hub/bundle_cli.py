@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloud_hub.cli import DEFAULT_HUB, _read_token, _reporting
 from cloud_hub.client import HubClient
+from cloud_hub.command import DEFAULT_HUB, read_token, reporting
 from models.errors import InvalidRequest
 
 CHUNK = 256 * 1024
@@ -38,7 +38,7 @@ def bundle(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.node and not options.packages:
         parser.error("say --node or --packages")
-    return _reporting("bundle export", lambda: _export(options))
+    return reporting("bundle export", lambda: _export(options))
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def _export(options: argparse.Namespace) -> int:
 def _of_hub(options: argparse.Namespace) -> Iterator[bytes]:
     if options.token_file is None:
         raise InvalidRequest("--token-file FILE, or TIERLINE_TOKEN_FILE in the environment, is needed to ask a hub")
-    client = HubClient(options.hub, _read_token(Path(options.token_file)), options.ca)
+    client = HubClient(options.hub, read_token(Path(options.token_file)), options.ca)
     try:
         query = [("node", node) for node in options.node] + [("package", package) for package in options.packages]
         yield from client.download("/api/v1/bundle", query)

@@ -9,30 +9,26 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cloud_hub.client import HubClient, HubError, publish_folder
-from models.errors import InvalidRequest, TierlineError
+from cloud_hub.client import HubClient, publish_folder
+from cloud_hub.command import hub_parser, pair, pairs_text, print_table, reporting, speak
+from cloud_hub.fleet_cli import FLEET_COMMANDS
+from cloud_hub.identity_cli import IDENTITY_COMMANDS
 from models.serving.process import port_number
-from sync.errors import SyncError
 
 IDENTITY_HELP = (
     "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor | settings | "
     "deployments; each has --help."
 )
-DEFAULT_HUB = "http://127.0.0.1:8080"
 MAX_POLICY_FILE = 1024 * 1024
 
 
 def hub(argv: Sequence[str]) -> int:
     """Run the hub, or speak to a running one about identities, settings and deployments."""
-    from cloud_hub.fleet_cli import FLEET_COMMANDS  # which stand on this module
-    from cloud_hub.identity_cli import IDENTITY_COMMANDS
-
     commands = {**IDENTITY_COMMANDS, **FLEET_COMMANDS}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
@@ -90,12 +86,12 @@ def hub(argv: Sequence[str]) -> int:
         public_brokers=tuple(options.public_broker),
         public_urls=tuple(options.public_url),
     )
-    return _reporting("hub", lambda: run_until_stopped(lambda: running_hub(settings)))
+    return reporting("hub", lambda: run_until_stopped(lambda: running_hub(settings)))
 
 
 def publish(argv: Sequence[str]) -> int:
     """Upload a package folder and publish it."""
-    parser = _parser("publish", "Upload a package folder and publish its version.")
+    parser = hub_parser("publish", "Upload a package folder and publish its version.")
     parser.add_argument("folder", type=Path, help="manifest.json, golden.npz and the variant files")
     options = parser.parse_args(argv)
 
@@ -103,30 +99,30 @@ def publish(argv: Sequence[str]) -> int:
         reference, uploaded = publish_folder(client, options.folder)
         print(f"published {reference} ({uploaded} files uploaded)")
 
-    return _speak("publish", options, run)
+    return speak("publish", options, run)
 
 
 def packages(argv: Sequence[str]) -> int:
     """List published versions."""
-    options = _parser("packages", "List published versions.").parse_args(argv)
+    options = hub_parser("packages", "List published versions.").parse_args(argv)
 
     def run(client: HubClient) -> None:
         rows = [
             (f"{entry['package']}/{entry['version']}", ", ".join(entry["engines"]), _share(entry["accuracy"]))
             for entry in client.pages("/api/v1/packages")
         ]
-        _table(("PACKAGE", "VARIANTS", "ACCURACY"), rows)
+        print_table(("PACKAGE", "VARIANTS", "ACCURACY"), rows)
 
-    return _speak("packages", options, run)
+    return speak("packages", options, run)
 
 
 def deploy(argv: Sequence[str]) -> int:
     """Say which nodes serve which packages."""
-    parser = _parser("deploy", "Say which nodes serve which packages under which model names.")
+    parser = hub_parser("deploy", "Say which nodes serve which packages under which model names.")
     parser.add_argument("name", help="of the deployment; an existing one is replaced")
     parser.add_argument("--tenant", default="*", help="default: every tenant")
-    parser.add_argument("--select", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
-    parser.add_argument("--model", action="append", required=True, type=_pair, metavar="NAME=PACKAGE/VERSION")
+    parser.add_argument("--select", action="append", default=[], type=pair, metavar="LABEL=VALUE")
+    parser.add_argument("--model", action="append", required=True, type=pair, metavar="NAME=PACKAGE/VERSION")
     options = parser.parse_args(argv)
 
     def run(client: HubClient) -> None:
@@ -135,14 +131,14 @@ def deploy(argv: Sequence[str]) -> int:
         print(f"deployment {answer['name']} decides for {answer['progress']['total']} of the nodes known")
         if not answer["nodes"]:
             print("no node known matches: check --tenant and --select", file=sys.stderr)
-        _table(("NODE", "STATE", "REASON"), [(n["node"], n["sync"], n["reason"] or "") for n in answer["nodes"]])
+        print_table(("NODE", "STATE", "REASON"), [(n["node"], n["sync"], n["reason"] or "") for n in answer["nodes"]])
 
-    return _speak("deploy", options, run)
+    return speak("deploy", options, run)
 
 
 def nodes(argv: Sequence[str]) -> int:
     """List nodes, or show one."""
-    parser = _parser("nodes", "List nodes, or show one.")
+    parser = hub_parser("nodes", "List nodes, or show one.")
     parser.add_argument("id", nargs="?")
     options = parser.parse_args(argv)
 
@@ -151,20 +147,20 @@ def nodes(argv: Sequence[str]) -> int:
             _print_node(client.get(f"/api/v1/nodes/{quote(options.id, safe='')}"))
             return
         rows = [
-            (n["id"], n["tier"], n["state"] or "never seen", "yes" if n["in_sync"] else "no", _pairs(n["running"]))
+            (n["id"], n["tier"], n["state"] or "never seen", "yes" if n["in_sync"] else "no", pairs_text(n["running"]))
             for n in client.pages("/api/v1/nodes")
         ]
-        _table(("NODE", "TIER", "STATE", "IN SYNC", "RUNNING"), rows)
+        print_table(("NODE", "TIER", "STATE", "IN SYNC", "RUNNING"), rows)
 
-    return _speak("nodes", options, run)
+    return speak("nodes", options, run)
 
 
 def node_add(argv: Sequence[str]) -> int:
     """Register a node and print its token."""
-    parser = _parser("node-add", "Register a node. Its token is shown this once.")
+    parser = hub_parser("node-add", "Register a node. Its token is shown this once.")
     parser.add_argument("id", help="tenant.node")
     parser.add_argument("--tier", required=True, choices=("device", "edge", "cloud"))
-    parser.add_argument("--label", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
+    parser.add_argument("--label", action="append", default=[], type=pair, metavar="LABEL=VALUE")
     parser.add_argument("--group", action="append", default=[])
     parser.add_argument(
         "--token-out", type=Path, metavar="FILE", help="a new file for the token, mode 0600; default: print it"
@@ -185,12 +181,12 @@ def node_add(argv: Sequence[str]) -> int:
                 raise
         print(f"{options.id} is known; its token is in {options.token_out}")
 
-    return _speak("node-add", options, run)
+    return speak("node-add", options, run)
 
 
 def policy(argv: Sequence[str]) -> int:
     """Set a tenant's routing policy, or show it."""
-    parser = _parser("policy", "Set a tenant's routing policy, or show it.")
+    parser = hub_parser("policy", "Set a tenant's routing policy, or show it.")
     parser.add_argument("tenant")
     parser.add_argument("file", type=Path, nargs="?", help="JSON; absent = show the policy")
     options = parser.parse_args(argv)
@@ -205,7 +201,7 @@ def policy(argv: Sequence[str]) -> int:
         answer = client.send("PUT", path, body)
         print(f"policy of {answer['tenant']} is revision {answer['revision']}")
 
-    return _speak("policy", options, run)
+    return speak("policy", options, run)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
@@ -224,93 +220,17 @@ def main(command: str, argv: Sequence[str]) -> int:
     return COMMANDS[command][1](argv)
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"tierline {command}", description=description)
-    parser.add_argument("--hub", default=os.environ.get("TIERLINE_HUB", DEFAULT_HUB), metavar="URL")
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        default=os.environ.get("TIERLINE_TOKEN_FILE"),
-        help="file holding the admin token; or set TIERLINE_TOKEN_FILE",
-    )
-    parser.add_argument(
-        "--hub-ca",
-        type=Path,
-        default=os.environ.get("TIERLINE_HUB_CA"),
-        metavar="FILE",
-        help="whom an https hub is trusted by: its tls/ca.pem; or set TIERLINE_HUB_CA",
-    )
-    return parser
-
-
-def _speak(command: str, options: argparse.Namespace, run: Callable[[HubClient], None]) -> int:
-    if options.token_file is None:
-        print(f"tierline {command}: say --token-file or set TIERLINE_TOKEN_FILE", file=sys.stderr)
-        return 2
-
-    def connected() -> int:
-        with closing(HubClient(options.hub, _read_token(Path(options.token_file)), options.hub_ca)) as client:
-            run(client)
-        return 0
-
-    return _reporting(command, connected)
-
-
-def _read_token(path: Path) -> str:
-    try:
-        token = path.read_bytes().strip().decode("ascii")
-    except OSError as error:
-        raise InvalidRequest(f"--token-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        token = ""
-    if not token or not token.isprintable() or " " in token:
-        raise InvalidRequest(f"--token-file {path}: holds no token")
-    return token
-
-
-def _reporting(command: str, run: Callable[[], int]) -> int:
-    """One line on standard error instead of a traceback for everything that is not our fault."""
-    try:
-        return run()
-    except HubError as error:
-        print(f"tierline {command}: {error}", file=sys.stderr)
-        return 1
-    except (TierlineError, SyncError, OSError) as error:
-        print(f"tierline {command}: {error}", file=sys.stderr)
-        return 2
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, value
-
-
 def _print_node(node: dict[str, Any]) -> None:
-    print(f"{node['id']}  tier {node['tier']}  {node['state'] or 'never seen'}  {_pairs(node['labels'])}")
+    print(f"{node['id']}  tier {node['tier']}  {node['state'] or 'never seen'}  {pairs_text(node['labels'])}")
     rows = [
         (kind, str(entry["revision"]), str(entry["applied"]), entry["sync"], entry["error"] or "")
         for kind, entry in node["documents"].items()
     ]
-    _table(("DOCUMENT", "REVISION", "APPLIED", "STATE", "REASON"), rows)
+    print_table(("DOCUMENT", "REVISION", "APPLIED", "STATE", "REASON"), rows)
     names = sorted({**node["desired"], **node["running"]})
-    _table(
+    print_table(
         ("MODEL", "DESIRED", "RUNNING"), [(n, node["desired"].get(n, ""), node["running"].get(n, "")) for n in names]
     )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    lines = [heads, *rows]
-    if len(lines) == 1:
-        return
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _pairs(values: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in sorted(values.items()))
 
 
 def _share(value: float | None) -> str:

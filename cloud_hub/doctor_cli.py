@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from cloud_hub.cli import _parser, _speak
 from cloud_hub.client import HubClient
+from cloud_hub.command import hub_parser, speak
 from sync.doctor.cli import show
 from sync.doctor.redaction import Redaction
 from sync.doctor.render import from_json
@@ -15,7 +15,7 @@ from sync.doctor.render import from_json
 
 def doctor(argv: Sequence[str]) -> int:
     """Exit code: 0 = nothing has to be done, 1 = something failed there or the node did not answer, 2 = wrong usage."""
-    parser = _parser(
+    parser = hub_parser(
         "hub doctor", "Check a node from here: what is wrong there, and what to do about it. Changes nothing."
     )
     parser.add_argument("id", help="tenant.node")
@@ -30,4 +30,4 @@ def doctor(argv: Sequence[str]) -> int:
         title = {name: report[name] for name in ("about", "tier", "software", "at")}
         codes.append(show(title, from_json(report), time.monotonic() - began, Redaction(), options))
 
-    return _speak("hub doctor", options, run) or codes[0]
+    return speak("hub doctor", options, run) or codes[0]

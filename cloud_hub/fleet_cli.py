@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cloud_hub.cli import _pairs, _parser, _speak, _table
 from cloud_hub.client import HubClient
+from cloud_hub.command import hub_parser, pairs_text, print_table, speak
 
 MAX_SETTINGS_FILE = 64 * 1024
 """More than the hub takes: it is the hub that says how much is too much."""
@@ -18,7 +18,7 @@ MAX_SETTINGS_FILE = 64 * 1024
 
 def settings(argv: Sequence[str]) -> int:
     """Show, set or remove how nodes update."""
-    parser = _parser(
+    parser = hub_parser(
         "hub settings", "How nodes update: show, set or remove a tenant's settings, or those of one node alone."
     )
     parser.add_argument("action", choices=("show", "set", "remove"))
@@ -41,7 +41,7 @@ def settings(argv: Sequence[str]) -> int:
             answer = client.send("DELETE", path, b"")
             print(f"{_in_force(answer['settings'], options.of)} (revision {answer['revision']})")
 
-    return _speak("hub settings", options, run)
+    return speak("hub settings", options, run)
 
 
 def _show(found: dict[str, Any], of: str) -> None:
@@ -59,7 +59,7 @@ def _in_force(left: dict[str, Any], of: str) -> str:
 
 def deployments(argv: Sequence[str]) -> int:
     """List deployments, or remove one."""
-    parser = _parser("hub deployments", "List deployments, or remove one.")
+    parser = hub_parser("hub deployments", "List deployments, or remove one.")
     parser.add_argument("action", nargs="?", choices=("list", "remove"), default="list")
     parser.add_argument("name", nargs="?", help="of the deployment to remove")
     options = parser.parse_args(argv)
@@ -73,15 +73,15 @@ def deployments(argv: Sequence[str]) -> int:
             print(f"deployment {options.name} is gone; nodes stop serving what no other deployment gives them")
             return
         rows = [_row(entry) for entry in client.get(path)["items"]]
-        _table(("DEPLOYMENT", "TENANT", "SELECTOR", "MODELS", "NODES", "IN SYNC", "REFUSED"), rows)
+        print_table(("DEPLOYMENT", "TENANT", "SELECTOR", "MODELS", "NODES", "IN SYNC", "REFUSED"), rows)
 
-    return _speak("hub deployments", options, run)
+    return speak("hub deployments", options, run)
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     progress = entry["progress"]
     counts = (str(progress[name]) for name in ("total", "in_sync", "refused"))
-    return entry["name"], entry["tenant"], _pairs(entry["selector"]), _pairs(entry["models"]), *counts
+    return entry["name"], entry["tenant"], pairs_text(entry["selector"]), pairs_text(entry["models"]), *counts
 
 
 FLEET_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"settings": settings, "deployments": deployments}

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-from cloud_hub.cli import _pair, _parser, _speak, _table
 from cloud_hub.client import HubClient
+from cloud_hub.command import hub_parser, pair, print_table, speak
 
 
 def enrol(argv: Sequence[str]) -> int:
     """Print a token that lets one node in, once."""
-    parser = _parser("hub enrol", "Print a token that lets one node in, once. It is shown this once.")
+    parser = hub_parser("hub enrol", "Print a token that lets one node in, once. It is shown this once.")
     parser.add_argument("id", help="tenant.node")
     parser.add_argument("--tier", required=True, choices=("device", "edge", "cloud"))
-    parser.add_argument("--label", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
+    parser.add_argument("--label", action="append", default=[], type=pair, metavar="LABEL=VALUE")
     parser.add_argument("--group", action="append", default=[])
     parser.add_argument(
         "--name", action="append", default=[], help="host name or address its certificate may also show"
@@ -36,12 +36,12 @@ def enrol(argv: Sequence[str]) -> int:
         }
         print(client.send("POST", "/api/v1/invitations", body)["token"])
 
-    return _speak("hub enrol", options, run)
+    return speak("hub enrol", options, run)
 
 
 def revoke(argv: Sequence[str]) -> int:
     """Refuse a node from now on."""
-    parser = _parser("hub revoke", "Refuse a node from now on; its live connection ends within a minute.")
+    parser = hub_parser("hub revoke", "Refuse a node from now on; its live connection ends within a minute.")
     parser.add_argument("id", help="tenant.node")
     parser.add_argument("--reason", default="revoked")
     options = parser.parse_args(argv)
@@ -50,12 +50,12 @@ def revoke(argv: Sequence[str]) -> int:
         client.send("POST", f"/api/v1/nodes/{quote(options.id, safe='')}/revoke", {"reason": options.reason})
         print(f"{options.id} is refused; to let it in again: tierline hub enrol {options.id}")
 
-    return _speak("hub revoke", options, run)
+    return speak("hub revoke", options, run)
 
 
 def decommission(argv: Sequence[str]) -> int:
     """Revoke a node and delete what the hub knows of it."""
-    parser = _parser("hub decommission", "Revoke a node and delete what the hub knows of it.")
+    parser = hub_parser("hub decommission", "Revoke a node and delete what the hub knows of it.")
     parser.add_argument("id", help="tenant.node")
     options = parser.parse_args(argv)
 
@@ -63,22 +63,22 @@ def decommission(argv: Sequence[str]) -> int:
         client.send("DELETE", f"/api/v1/nodes/{quote(options.id, safe='')}", b"")
         print(f"{options.id} is forgotten")
 
-    return _speak("hub decommission", options, run)
+    return speak("hub decommission", options, run)
 
 
 def denied(argv: Sequence[str]) -> int:
     """List ids that are refused."""
-    options = _parser("hub denied", "List ids that are refused.").parse_args(argv)
+    options = hub_parser("hub denied", "List ids that are refused.").parse_args(argv)
 
     def run(client: HubClient) -> None:
-        _table(("NODE", "REASON"), [(entry["id"], entry["reason"]) for entry in client.get("/api/v1/denied")])
+        print_table(("NODE", "REASON"), [(entry["id"], entry["reason"]) for entry in client.get("/api/v1/denied")])
 
-    return _speak("hub denied", options, run)
+    return speak("hub denied", options, run)
 
 
 def authority(argv: Sequence[str]) -> int:
     """Show the certificate authorities, or roll over to the next one."""
-    parser = _parser("hub authority", "Show the certificate authorities, or roll over to the next one.")
+    parser = hub_parser("hub authority", "Show the certificate authorities, or roll over to the next one.")
     parser.add_argument("action", nargs="?", choices=("show", "next", "switch", "retire"), default="show")
     parser.add_argument("number", nargs="?", type=int, help="of the authority to retire")
     parser.add_argument("--force", action="store_true", help="switch before nodes had time to hear of it")
@@ -99,9 +99,9 @@ def authority(argv: Sequence[str]) -> int:
             (str(entry["number"]), "yes" if entry["issuing"] else "", entry["fingerprint"], _day(entry["until"]))
             for entry in found
         ]
-        _table(("AUTHORITY", "ISSUES", "SHA256", "UNTIL"), rows)
+        print_table(("AUTHORITY", "ISSUES", "SHA256", "UNTIL"), rows)
 
-    return _speak("hub authority", options, run)
+    return speak("hub authority", options, run)
 
 
 def _doctor(argv: Sequence[str]) -> int:

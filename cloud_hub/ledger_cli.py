@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cloud_hub.cli import _read_token, _reporting, _table
 from cloud_hub.client import HubClient
+from cloud_hub.command import print_table, read_token, reporting
 from models.errors import InvalidRequest
 from sync.ledger import Ledger, Stream, as_json
 from sync.outbox_store import read_ledger
@@ -40,8 +40,8 @@ def ledger(argv: Sequence[str]) -> int:
         print("tierline ledger: say a node's folder or --hub URL, one of the two", file=sys.stderr)
         return 2
     if options.hub is not None:
-        return _reporting("ledger", lambda: _of_hub(options))
-    return _reporting("ledger", lambda: _of_node(options.path, options.json))
+        return reporting("ledger", lambda: _of_hub(options))
+    return reporting("ledger", lambda: _of_node(options.path, options.json))
 
 
 def _of_node(path: Path, as_program: bool) -> int:
@@ -58,7 +58,7 @@ def _of_node(path: Path, as_program: bool) -> int:
 
 def _print(found: Ledger) -> None:
     rows = [_row(kind, stream) for kind, stream in found.streams.items()]
-    _table(HEADS, [*rows, _row("all", found.total())])
+    print_table(HEADS, [*rows, _row("all", found.total())])
     for kind, stream in found.streams.items():
         if stream.dropped:
             reasons = ", ".join(f"{reason} {count}" for reason, count in stream.dropped.items())
@@ -79,13 +79,13 @@ def _row(name: str, stream: Stream) -> tuple[str, ...]:
 def _of_hub(options: argparse.Namespace) -> int:
     if options.token_file is None:
         raise InvalidRequest("say --token-file or set TIERLINE_TOKEN_FILE")
-    with closing(HubClient(options.hub, _read_token(Path(options.token_file)))) as client:
+    with closing(HubClient(options.hub, read_token(Path(options.token_file)))) as client:
         nodes = [options.node] if options.node else [node["id"] for node in client.pages("/api/v1/nodes")]
         found = [client.get(f"/api/v1/nodes/{quote(node, safe='')}/ledger") for node in nodes]
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        _table(
+        print_table(
             ("NODE", "STREAM", "RECEIVED", "DUPLICATES", "DEAD LETTERS"),
             [row for one in found for row in _hub_rows(one)],
         )

@@ -7,8 +7,8 @@ from hashlib import file_digest
 from pathlib import Path
 from urllib.parse import quote
 
-from cloud_hub.cli import _pair, _parser, _speak, _table
 from cloud_hub.client import HubClient, HubError
+from cloud_hub.command import hub_parser, pair, print_table, speak
 from sync.errors import Malformed
 from sync.software import Software, Wheel, encode_software, parse_wheel
 from sync.version import DISTRIBUTION
@@ -16,7 +16,7 @@ from sync.version import DISTRIBUTION
 
 def publish_software(argv: Sequence[str]) -> int:
     """Upload wheels and publish them as a version."""
-    parser = _parser("publish-software", "Upload wheels and publish them as a version of the nodes' own software.")
+    parser = hub_parser("publish-software", "Upload wheels and publish them as a version of the nodes' own software.")
     parser.add_argument(
         "wheels", nargs="+", type=Path, metavar="WHEEL", help="the project's own, and dependencies' wheels"
     )
@@ -30,16 +30,16 @@ def publish_software(argv: Sequence[str]) -> int:
         client.send("POST", "/api/v1/software", encode_software(software))
         print(f"published software {software.version} ({len(software.wheels)} wheels)")
 
-    return _speak("publish-software", options, run)
+    return speak("publish-software", options, run)
 
 
 def upgrade(argv: Sequence[str]) -> int:
     """Say which nodes run which version; without a name, show it."""
-    parser = _parser("upgrade", "Say which nodes run which version of the software, or show it.")
+    parser = hub_parser("upgrade", "Say which nodes run which version of the software, or show it.")
     parser.add_argument("name", nargs="?", help="of the target; an existing one is replaced")
     parser.add_argument("version", nargs="?")
     parser.add_argument("--tenant", default="*", help="default: every tenant")
-    parser.add_argument("--select", action="append", default=[], type=_pair, metavar="LABEL=VALUE")
+    parser.add_argument("--select", action="append", default=[], type=pair, metavar="LABEL=VALUE")
     options = parser.parse_args(argv)
     if (options.name is None) != (options.version is None):
         parser.error("say a name and a version, or neither")
@@ -52,9 +52,9 @@ def upgrade(argv: Sequence[str]) -> int:
             (each["name"], each["tenant"], " ".join(f"{k}={v}" for k, v in each["selector"].items()), each["version"])
             for each in client.get("/api/v1/software/targets")["items"]
         ]
-        _table(("TARGET", "TENANT", "NODES", "VERSION"), rows)
+        print_table(("TARGET", "TENANT", "NODES", "VERSION"), rows)
 
-    return _speak("upgrade", options, run)
+    return speak("upgrade", options, run)
 
 
 def software_of(wheels: Sequence[Path]) -> Software:

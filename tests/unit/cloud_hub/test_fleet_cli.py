@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cloud_hub import cli, fleet_cli
+from cloud_hub import command as hub_command
+from cloud_hub import fleet_cli
 from cloud_hub.cli import hub
 from cloud_hub.client import HubError
 
@@ -46,7 +47,7 @@ class Answers:
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Answers]:
     (tmp_path / "token").write_text("tla_x")
     monkeypatch.setenv("TIERLINE_TOKEN_FILE", str(tmp_path / "token"))
-    monkeypatch.setattr(cli, "HubClient", Answers)
+    monkeypatch.setattr(hub_command, "HubClient", Answers)
     Answers.asked, Answers.answer = [], None
     return Answers
 
