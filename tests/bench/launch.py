@@ -81,6 +81,11 @@ def started(
             _stop(process)
 
 
+def stop_in_order() -> None:
+    """Let SIGTERM end this program as Ctrl-C does: what it started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _environment() -> dict[str, str]:
     """This process's, but servers may keep what Python compiles: an installed one starts from compiled files, as those of
     the others' packages are."""

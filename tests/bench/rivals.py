@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from asking import Question, binary, check, grpc, load_of, text  # noqa: E402
 from costs import Pace, milli  # noqa: E402
 from figures import Figure, brief, figure, from_json, machine, machine_line, print_figures  # noqa: E402
-from launch import FAILURES, Desk, Tierline, free_port, started  # noqa: E402
+from launch import FAILURES, Desk, Tierline, free_port, started, stop_in_order  # noqa: E402
 from measure import Load, burst, enough, latencies, pss_megabytes  # noqa: E402
 from networks import Network, write_networks  # noqa: E402
 
@@ -304,4 +304,5 @@ def _grpc_figures(measured: Sequence[Measured]) -> list[Figure]:
 
 
 if __name__ == "__main__":
+    stop_in_order()
     raise SystemExit(main())

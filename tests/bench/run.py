@@ -23,7 +23,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from costs import Pace, measure_costs, measure_start  # noqa: E402
 from figures import Figure, brief, from_json, machine, machine_line, print_figures  # noqa: E402
-from launch import FAILURES, Desk  # noqa: E402
+from launch import FAILURES, Desk, stop_in_order  # noqa: E402
 from loads import (  # noqa: E402
     measure_batching,
     measure_half_load,
@@ -107,4 +107,5 @@ def run(pace: Pace, only: list[int] | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    stop_in_order()
     raise SystemExit(main())

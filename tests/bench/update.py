@@ -23,6 +23,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from arrivals import Outcome, open_loop  # noqa: E402
 from asking import binary, load_of  # noqa: E402
+from launch import stop_in_order  # noqa: E402
 from measure import apart, burst, enough, quantiles  # noqa: E402
 from networks import Network, write_big, write_networks  # noqa: E402
 from package_writer import write_package  # noqa: E402
@@ -131,4 +132,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_in_order()
     sys.exit(main())

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from deploy.processes import tierline
-from sync.identity import Membership
 from sync.member import join
 from sync.messages import Capabilities
 from sync.settings import Settings
@@ -23,7 +22,7 @@ from tests.integration.cloud_hub.test_hub_process import (
     Planned,
     RunningHub,
     package_folder,
-    register,
+    registered,
     running_broker,
     running_hub,
     write,
@@ -57,17 +56,7 @@ async def test_settings_and_deployments_are_set_shown_and_removed_and_the_node_f
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with running_broker(tmp_path / "broker") as broker, running_hub(tmp_path, broker) as hub:
-        credential = write(tmp_path / "credential", register(hub, broker, capsys))
-        credential.chmod(0o600)
-        membership = Membership(
-            id=NODE,
-            tier="edge",
-            broker=broker.url,
-            sources=(hub.url,),
-            root=hub.data / "root.json",
-            credential=credential,
-            data=tmp_path / "node",
-        )
+        membership = registered(tmp_path, hub, broker, capsys)
         now, models = [Settings()], Planned()
 
         async def heard(bandwidth: float | None) -> None:

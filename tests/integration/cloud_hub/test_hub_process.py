@@ -234,21 +234,26 @@ class Planned(FakeActivator):
         return plan(decode_desired(body), ("onnx",))
 
 
+def registered(folder: Path, hub: RunningHub, broker: Broker, capsys: pytest.CaptureFixture[str]) -> Membership:
+    """An edge node that hub and broker know, with its data below `folder`."""
+    credential = write(folder / "credential", register(hub, broker, capsys))
+    credential.chmod(0o600)
+    return Membership(
+        id=NODE,
+        tier="edge",
+        broker=broker.url,
+        sources=(hub.url,),
+        root=hub.data / "root.json",
+        credential=credential,
+        data=folder / "node",
+    )
+
+
 async def test_a_node_fetches_applies_and_reports_until_the_hub_shows_it_in_sync(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with running_broker(tmp_path / "broker") as broker, running_hub(tmp_path, broker) as hub:
-        credential = write(tmp_path / "credential", register(hub, broker, capsys))
-        credential.chmod(0o600)
-        membership = Membership(
-            id=NODE,
-            tier="edge",
-            broker=broker.url,
-            sources=(hub.url,),
-            root=hub.data / "root.json",
-            credential=credential,
-            data=tmp_path / "node",
-        )
+        membership = registered(tmp_path, hub, broker, capsys)
         models, policies = Planned(), FakeActivator()
         async with join(
             membership,
