@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,20 +21,19 @@ from cloud_hub.fleet_cli import FLEET_COMMANDS
 from cloud_hub.identity_cli import IDENTITY_COMMANDS
 from models.serving.process import port_number
 
-IDENTITY_HELP = (
-    "Speaking to a running hub: tierline hub enrol | revoke | decommission | denied | authority | doctor | settings | "
-    "deployments; each has --help."
-)
+HUB_COMMANDS = {**IDENTITY_COMMANDS, **FLEET_COMMANDS}
+"""Of `tierline hub COMMAND`, to a running hub."""
 MAX_POLICY_FILE = 1024 * 1024
 
 
 def hub(argv: Sequence[str]) -> int:
     """Run the hub, or speak to a running one about identities, settings and deployments."""
-    commands = {**IDENTITY_COMMANDS, **FLEET_COMMANDS}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    if argv and argv[0] in HUB_COMMANDS:
+        return HUB_COMMANDS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
-        prog="tierline hub", description="Run the hub until it is told to stop.", epilog=IDENTITY_HELP
+        prog="tierline hub",
+        description="Run the hub until it is told to stop.",
+        epilog=f"Speaking to a running hub: tierline hub {' | '.join(HUB_COMMANDS)}; each has --help.",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the database, the files and the keys")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; beyond loopback always with TLS")
@@ -63,6 +63,9 @@ def hub(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="an external authority: its chain, root last, PEM")
     parser.add_argument("--ca-key", type=Path, metavar="FILE", help="and its key")
+    if argv and not argv[0].startswith("-"):
+        near = get_close_matches(argv[0], HUB_COMMANDS, n=1)
+        parser.error(f"no command {argv[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     options = parser.parse_args(argv)
     if (options.ca_cert is None) != (options.ca_key is None):
         parser.error("--ca-cert and --ca-key go together")

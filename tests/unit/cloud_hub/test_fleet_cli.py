@@ -139,3 +139,9 @@ def test_wrong_usage_is_exit_2(arguments: list[str], answers) -> None:
         hub(arguments)
     assert stop.value.code == 2
     assert answers.asked == []
+
+
+def test_a_command_mistyped_is_named_with_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        hub(["setings", "show", "demo"])
+    assert "no command 'setings'; did you mean 'settings'?" in capsys.readouterr().err
